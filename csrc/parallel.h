@@ -1,0 +1,118 @@
+// parallel_for: a loop over [0, n) shared by a few threads, without OpenMP.
+//
+// Why not OpenMP: its workers spin between loops and take the cores from whatever else runs, and a CUDA build of torch
+// brings a second OpenMP runtime along. Here workers sleep on a condition variable and never spin. The caller works
+// too, and waits only for workers that did join in, so that a busy machine costs no wake-up time.
+//
+// After a fork the child finds no workers and starts its own on first use. Two loops at once (from two Python threads,
+// or one inside the other): the second runs on its caller's thread alone.
+#pragma once
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace puat {
+
+using RangeBody = std::function<void(int64_t begin, int64_t end)>;  // must not throw
+
+class ThreadPool {
+ public:
+  // Never destroyed: its threads sleep until the process ends, and a static destructor would have to outlive them.
+  static ThreadPool& instance() {
+    static std::atomic<ThreadPool*> current{nullptr};
+    ThreadPool* pool = current.load();
+    while (pool == nullptr || pool->pid_ != getpid()) {
+      auto* fresh = new ThreadPool();
+      if (current.compare_exchange_strong(pool, fresh)) return *fresh;
+      delete fresh;
+    }
+    return *pool;
+  }
+
+  void run(int64_t n, int64_t chunk, int threads, const RangeBody& body) {
+    if (busy_.test_and_set()) return body(0, n);
+    start_workers(threads - 1);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      body_ = &body;
+      n_ = n;
+      chunk_ = chunk;
+      next_ = 0;
+      invited_ = threads - 1;
+      ++job_;
+    }
+    wake_.notify_all();
+    work(body);
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      body_ = nullptr;  // nobody joins from here on
+      left_.wait(lock, [this] { return joined_ == 0; });
+    }
+    busy_.clear();
+  }
+
+ private:
+  ThreadPool() : pid_(getpid()) {}
+
+  void start_workers(int wanted) {
+    try {
+      for (; workers_ < wanted; ++workers_) std::thread(&ThreadPool::serve, this, workers_).detach();
+    } catch (const std::system_error&) {
+      // The system grants no more threads: the loop is shared by those that there are.
+    }
+  }
+
+  void serve(int index) {
+    uint64_t last_job = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return body_ != nullptr && job_ != last_job && index < invited_; });
+      last_job = job_;
+      const RangeBody& body = *body_;  // read under the lock: the caller takes body_ back while we still work
+      ++joined_;
+      lock.unlock();
+      work(body);
+      lock.lock();
+      if (--joined_ == 0) left_.notify_one();
+    }
+  }
+
+  void work(const RangeBody& body) {
+    for (int64_t begin; (begin = next_.fetch_add(chunk_)) < n_;) body(begin, std::min(begin + chunk_, n_));
+  }
+
+  const pid_t pid_;
+  int workers_ = 0;
+  std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+  std::mutex mutex_;
+  std::condition_variable wake_, left_;
+  const RangeBody* body_ = nullptr;
+  int64_t n_ = 0;
+  int64_t chunk_ = 1;
+  std::atomic<int64_t> next_{0};
+  int invited_ = 0;
+  int joined_ = 0;
+  uint64_t job_ = 0;
+};
+
+// Calls body(begin, end) over disjoint ranges that cover [0, n), on up to `threads` threads. `grain`: the number of
+// iterations worth handing to another thread; below twice that, all run on the caller's. `body` must not throw.
+inline void parallel_for(int64_t n, int64_t grain, int threads, const RangeBody& body) {
+  const int64_t parts = std::min<int64_t>(threads, n / grain);
+  if (parts <= 1) {
+    if (n > 0) body(0, n);
+    return;
+  }
+  const int64_t chunk = std::max(grain, (n + 4 * parts - 1) / (4 * parts));  // four a thread even out a late start
+  ThreadPool::instance().run(n, chunk, static_cast<int>(parts), body);
+}
+
+}  // namespace puat

@@ -1,0 +1,324 @@
+"""The command line: `puat-fast train | eval | generate | info`.
+
+torch is imported by what needs it, after all options are known to be good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from puat_fast import files, info
+from puat_fast.config import DATASETS, ConfigError
+from puat_fast.evaluation.names import ACCEPTED, AttackSpec, parse_attacks
+from puat_fast.options import add_config_flags, resolve_config
+from puat_fast.runlog import ProgressLine, RunError
+
+EVAL_KEYS = """\
+keys of the JSON file:
+  run, dataset  what was evaluated, and on what
+  n             number of test images
+  attacks       name of each -> accuracy (0 to 1), wilson95: its 95 % interval [low, high],
+                correct, n, seconds"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are ConfigErrors, told by main in one line."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        def formatter(prog: str) -> argparse.HelpFormatter:
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=42)
+
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0: done. 1: failed (a run that cannot be started, a broken or missing file, a loss that is not finite).
+    2: wrong options. 130: interrupted, and saved.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser, verbs = _parser()
+        options = parser.parse_args(_spelled(argv, verbs))
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # --help, --version
+        return int(stop.code or 0)
+    except KeyboardInterrupt as stop:
+        return _fail(argv, str(stop) or "interrupted", 130)
+    except BrokenPipeError:  # `puat-fast info | head`: the reader has left, so there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, *_failures()) as error:
+        # A DataError is a ValueError, but the file is at fault, not the option that names it.
+        wrong_option = isinstance(error, ValueError) and not isinstance(error, _loaded("puat_fast.data.formats", "DataError"))
+        return _fail(argv, " ".join(str(error).split()), 2 if wrong_option else 1)
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    return (RunError, OSError, *_loaded("puat_fast.engine.trainer", "NonFiniteError"))
+
+
+def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:
+    # An error class of a module that imports torch: it can only have been raised where the module is loaded already.
+    found = getattr(sys.modules.get(module), name, None)
+    return () if found is None else (found,)
+
+
+def _fail(argv: Sequence[str], message: str, code: int) -> int:
+    if "--debug" in argv:
+        traceback.print_exc()
+    print(f"puat-fast: {'error: ' if code != 130 else ''}{message}", file=sys.stderr)
+    return code
+
+
+def _spelled(argv: list[str], verbs: dict[str, argparse.ArgumentParser]) -> list[str]:
+    """The arguments with flags spelled as they are declared: - and _ are alike. Raises ConfigError for unknown flags."""
+    if not argv or argv[0] not in verbs:  # --help, --version, or a mistake that argparse tells
+        return argv
+    known = {flag.replace("-", "_"): flag for flag in verbs[argv[0]]._option_string_actions if flag.startswith("--")}
+    spelled = []
+    for token in argv:
+        flag, equals, value = token.partition("=")
+        name = flag.replace("-", "_")
+        if flag.startswith("--") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(f"{flag}: no such option" + (f"; did you mean {known[close[0]]}?" if close else ""))
+        spelled.append(known[name] + equals + value if flag.startswith("--") else token)
+    return spelled
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = _Parser(
+        prog="puat-fast",
+        description="Train image classifiers that withstand restricted and unrestricted adversarial examples (PUAT).",
+        epilog="`puat-fast VERB --help` tells the options of a verb.\n"
+        "Exit codes: 0 done, 1 failed, 2 wrong options, 130 interrupted and saved.",
+    )
+    parser.add_argument("--version", action="version", version=f"puat-fast {info.version()}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True, title="verbs")
+    for add in (_add_train, _add_eval, _add_generate, _add_info):
+        add(verbs)
+    return parser, dict(verbs.choices)
+
+
+def _add_verb(
+    verbs: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, usage: str, epilog: str = ""
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=text, description=text, usage=f"puat-fast {name} {usage}", epilog=epilog
+    )
+    parser.add_argument("--debug", action="store_true", help="on an error, show where it happened")
+    parser.set_defaults(run=run)
+    return parser
+
+
+# train
+
+
+def _add_train(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs, "train", _train, "train a classifier; without options: the embedded digits", "[--config FILE] [options]",
+        "Every option is also a key of the YAML file. Later wins: the preset with its sections for dataset and\n"
+        "method, the YAML file, the flags. The defaults above are the paper's for CIFAR-10; --print-config tells\n"
+        "what holds for yours. Numbers may be written as fractions: 8/255.",
+    )  # fmt: skip
+    parser.add_argument("-c", "--config", metavar="FILE", type=Path, help="YAML file of options")
+    parser.add_argument(
+        "--resume", metavar="auto|DIR", help="auto: continue the run at --out, if there is one; DIR: continue that run"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print all options as YAML, and exit")
+    add_config_flags(parser)
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = resolve_config(options.given, options.config, options.resume)
+    if options.print_config:
+        print(files.dump_yaml(config.to_dict()), end="")
+        return 0
+    if config.dataset != "digits" and config.data_dir is None:
+        raise ConfigError(f"data_dir: {config.dataset} needs --data-dir, the folder that holds its files or archive")
+    from puat_fast.engine.trainer import Trainer
+
+    result = Trainer(config, resume=options.resume).fit()
+    rows = [[name, f"{100 * accuracy:.2f}"] for name, accuracy in result.summary.items()]
+    _table(f"{config.dataset} test images, teacher of the best validation", ["attack", "accuracy %"], rows)
+    grids = sorted((result.path / "samples").glob("*.png"), key=lambda grid: grid.stat().st_mtime)
+    for file in (*grids[-1:], result.path / "curves.png", result.path / "classifier.safetensors"):
+        if file.exists():
+            print(file)
+    return 0
+
+
+# eval, generate, info
+
+
+def _add_eval(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs, "eval", _eval, "measure a classifier's accuracy under attacks", "RUN_OR_FILE [options]", EVAL_KEYS
+    )
+    parser.add_argument("path", metavar="RUN_OR_FILE", type=Path, help="run directory, or weights in a .safetensors file")
+    parser.add_argument(
+        "--attacks", default="clean,pgd-2,pgd-4,pgd-8", metavar="NAMES", help=f"accepted: {ACCEPTED} (default: %(default)s)"
+    )
+    parser.add_argument("--n", type=_at_least(1), metavar="N", help="first N test images (default: all)")
+    parser.add_argument("--batch-size", type=_at_least(1), default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the attacks (default: %(default)s)")
+    parser.add_argument("--dataset", choices=DATASETS, help="other test images than the run's own")
+    parser.add_argument("--data-dir", metavar="TEXT", help="folder that holds the dataset's files (default: the run's)")
+    _add_device(parser)
+    _add_json(parser)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    attacks = parse_attacks(options.attacks)
+    _check_target(options.json)
+    if not options.path.exists():
+        raise FileNotFoundError(f"{options.path}: no such run directory or file")
+    from puat_fast.evaluation.evaluate import evaluate_run
+
+    with _Progress() as progress:
+        result = evaluate_run(
+            options.path, [attack.name for attack in attacks], n=options.n, batch_size=options.batch_size,
+            seed=options.seed, device=options.device, dataset=options.dataset, data_dir=options.data_dir,
+            progress=progress,
+        )  # fmt: skip
+    rows = []
+    for name, found in result["attacks"].items():
+        low, high = found["wilson95"] = wilson_interval(found["correct"], found["n"])
+        interval = f"{100 * low:.2f} - {100 * high:.2f}"
+        rows.append([name, f"{100 * found['accuracy']:.2f}", interval, str(found["n"]), f"{found['seconds']:.1f}"])
+    _table(f"{result['run']} on {result['dataset']}", ["attack", "accuracy %", "95 % interval", "n", "seconds"], rows)
+    if options.path.is_dir():
+        _save_eval(options.path, attacks, result)
+    _write_json(options.json, result)
+    return 0
+
+
+def _save_eval(run: Path, attacks: Sequence[AttackSpec], result: dict[str, Any]) -> None:
+    file = run / "eval" / ("_".join(attack.name for attack in attacks) + ".json")
+    file.parent.mkdir(exist_ok=True)
+    _write_json(file, result)
+
+
+class _Progress:
+    """Shows how far an evaluation is; called with the attack's name, images done, images in all, accuracy so far."""
+
+    def __enter__(self) -> _Progress:
+        from rich.console import Console
+
+        self._line = ProgressLine(Console(stderr=True))
+        return self
+
+    def __call__(self, name: str, done: int, total: int, accuracy: float) -> None:
+        if self._line.due():
+            self._line.show(f"{name}  {done}/{total} images  accuracy {100 * accuracy:.2f} %")
+
+    def __exit__(self, *error: object) -> None:
+        self._line.close()
+
+
+def wilson_interval(correct: int, n: int) -> list[float]:
+    """95 % confidence interval [low, high] of a proportion: E. B. Wilson, 1927. [0, 1] where n is 0."""
+    if n == 0:
+        return [0.0, 1.0]
+    z = 1.959963984540054
+    p, shrink = correct / n, 1 + z * z / n
+    middle = (p + z * z / (2 * n)) / shrink
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / shrink
+    return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def _add_generate(verbs: Any) -> None:
+    parser = _add_verb(verbs, "generate", _generate, "show what G draws, and what C says of it", "RUN --grid FILE.png")
+    parser.add_argument("path", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument("--grid", type=Path, required=True, metavar="FILE.png", help="where the picture goes")
+    parser.add_argument(
+        "--per-class", type=_at_least(1), default=1, metavar="N", help="images of each class (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of z (default: %(default)s)")
+    _add_device(parser)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    _check_target(options.grid)
+    if options.grid.suffix != ".png":
+        raise ConfigError(f"grid: {options.grid} does not end in .png")
+    if not options.path.is_dir():
+        raise FileNotFoundError(f"{options.path}: no such run directory")
+    from puat_fast.evaluation.generate import generate_run
+
+    generate_run(options.path, options.grid, options.per_class, options.seed, options.device)
+    print(options.grid)
+    return 0
+
+
+def _add_info(verbs: Any) -> None:
+    _add_json(_add_verb(verbs, "info", _info, "what was built and found, and why a fast path is off", "[options]", info.KEYS))
+
+
+def _info(options: argparse.Namespace) -> int:
+    _check_target(options.json)
+    found = info.collect()
+    paths = found["fast_paths"]
+    print(files.dump_yaml({key: value for key, value in found.items() if key != "fast_paths"}), end="")
+    rows = [[name, "on" if path["on"] else "off", path["why"]] for name, path in paths.items()]
+    _table("", ["fast path", "", "why"], rows)
+    _write_json(options.json, found)
+    return 0
+
+
+# shared
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what the screen shows; keys below")
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {low}")
+        return int(text)
+
+    return parse
+
+
+def _check_target(file: Path | None) -> None:
+    """Before the work, not after it: can the file be written? Raises ConfigError."""
+    if file is not None and not os.access(file.absolute().parent, os.W_OK):
+        raise ConfigError(f"{file}: cannot be written: no such folder, or no right to write there")
+
+
+def _write_json(file: Path | None, value: Any) -> None:
+    if file is not None:
+        files.write_json(file, value)
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

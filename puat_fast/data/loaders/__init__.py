@@ -1,0 +1,1 @@
+"""Loaders: each offers `next_step(n_disc) -> StepBatch`."""

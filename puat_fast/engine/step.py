@@ -1,0 +1,161 @@
+"""One step of a method: phases (loss -> backward -> optimiser), then the teacher. Eager, and the truth.
+
+Engine holds all state that training changes and nothing else: networks, optimisers, noise, counters. It knows no
+data, no files and no validation; those are the Trainer's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from puat_fast.config import Config
+from puat_fast.data.batch import StepBatch
+from puat_fast.engine import ema, optim, schedules
+from puat_fast.engine.stats import Stats
+from puat_fast.methods import METHODS, Method, Phase, Scalars
+from puat_fast.networks import Networks
+from puat_fast.noise import Noise
+
+
+class Engine:
+    """Runs steps of `config.method` on networks.
+
+    stage 1 = pretraining, 2 = training; epoch counts from 1 in each stage; step counts the steps done in the stage.
+    steps_per_epoch is E of spec 1.6.
+    """
+
+    def __init__(self, config: Config, nets: Networks, noise: Noise, steps_per_epoch: int) -> None:
+        self.config, self.nets, self.noise, self.steps_per_epoch = config, nets, noise, steps_per_epoch
+        self.stats = Stats()
+        self.on_step: Callable[[dict[str, list[Tensor]]], None] | None = None  # see puat_fast.testing
+        self._terms: dict[str, list[Tensor]] = {}
+        self.method: Method = METHODS[config.method](config, nets, noise, self._report)
+        self.optimizers = optim.optimizers(nets, config)
+        self.stage, self.step_in_stage = self.method.stages[0], 0
+
+    @property
+    def epoch(self) -> int:
+        """1-based epoch that the next step belongs to."""
+        return self.step_in_stage // self.steps_per_epoch + 1
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs of the current stage."""
+        return self.config.pretrain.epochs if self.stage == 1 else self.config.schedule.epochs
+
+    def next_phases(self) -> list[Phase]:
+        """The phases of the next step; sets the networks' modes."""
+        return self.method.phases(self.stage, self.epoch)
+
+    def num_disc_batches(self) -> int:
+        """How many D batches the next step consumes."""
+        return next((phase.repeat for phase in self.next_phases() if phase.net == "D"), 0)
+
+    def step(self, batch: StepBatch) -> None:
+        """Run all phases on one StepBatch, then update the teacher."""
+        self.stats.step = self.step_in_stage + 1
+        s = self.scalars()
+        self.nets.C.set_bn_momentum(s.bn_momentum)
+        for group in self.optimizers["C"].param_groups:
+            group["lr"], group["momentum"] = s.lr, s.momentum
+        for phase in self.next_phases():
+            for k in range(phase.repeat):
+                self._update(phase, batch, s, k)
+        ema.update(self.nets.C_ema, self.nets.C, s.ema_decay)
+        if self.config.ema.bn == "average":
+            ema.average_bn(self.nets.C_ema, self.nets.C, s.ema_decay)
+        self.step_in_stage += 1
+        if self.on_step is not None:
+            self.on_step(self._terms)
+            self._terms = {}
+
+    def _report(self, name: str, value: Tensor) -> None:
+        self.stats.report(name, value)
+        if self.on_step is not None:
+            self._terms.setdefault(name, []).append(value)
+
+    def _update(self, phase: Phase, batch: StepBatch, s: Scalars, k: int) -> None:
+        optimizer = self.optimizers[phase.net]
+        optimizer.zero_grad()
+        with self.nets.training_only(phase.net):
+            for part in phase.loss(batch, s, k):
+                part.backward()
+        optimizer.step()
+
+    def scalars(self) -> Scalars:
+        """Everything that depends on time, for the next step (spec 1.4, 1.7)."""
+        c, E, t, epoch = self.config, self.steps_per_epoch, self.step_in_stage + 1, self.epoch
+        lr = schedules.learning_rate(epoch, self.epochs, c.optim.lr, c.optim.pct_start)
+        momentum = c.optim.momentum
+        if c.optim.cycle_momentum:
+            momentum = schedules.momentum(epoch, self.epochs, c.optim.pct_start)
+        adv_ramp, con_ramp = 0.0, schedules.sigmoid_ramp(t, 1, 1 + E * c.pretrain.consistency_ramp)
+        if self.stage == 2:
+            adv_ramp = schedules.sigmoid_ramp(t, 1 + E * c.schedule.adv_start, 1 + E * c.schedule.adv_end)
+            con_ramp = 1.0
+        return Scalars(
+            lr=lr,
+            momentum=momentum,
+            bn_momentum=1.0 if t == 1 else 0.01,
+            ema_decay=self._ema_decay(t),
+            adv_ramp=adv_ramp,
+            consistency_weight=c.loss.consistency_weight * con_ramp,
+        )
+
+    def _ema_decay(self, t: int) -> float:
+        c = self.config
+        if self.stage == 1:
+            early = self.epoch <= c.pretrain.consistency_ramp
+            tau = c.pretrain.ema_decay if early else c.pretrain.ema_decay_after
+        else:
+            tau = c.ema.decay
+            if self.method.stages[0] == 1 and not c.ema.reset_on_stage2:
+                return tau
+        E0 = self.steps_per_epoch
+        if c.ema.warmup_images is not None:  # the official code's own count of steps per epoch (spec 1.7)
+            E0 = math.floor(c.ema.warmup_images / (2 * c.schedule.batch_size)) + 1
+        return schedules.ema_decay(t, c.optim.pct_start * self.epochs * E0, tau)
+
+    def end_epoch(self) -> None:
+        """Hand C's running statistics to the teacher, as `ema.bn` says."""
+        if self.config.ema.bn == "copy":
+            ema.copy_bn(self.nets.C_ema, self.nets.C)
+        elif self.config.ema.bn == "shared":
+            ema.share_bn(self.nets.C_ema, self.nets.C)
+
+    def begin_stage2(self) -> None:
+        """C, C', G, D and the Adam states of G and D go on; a new SGD for C; A, untouched so far, starts now."""
+        self.stage, self.step_in_stage = 2, 0
+        self.optimizers["C"] = optim.sgd(self.nets.C, self.config.optim)
+        ema.unshare_bn(self.nets.C_ema)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, as tensors and plain values."""
+        return {
+            "stage": self.stage,
+            "step_in_stage": self.step_in_stage,
+            "steps_per_epoch": self.steps_per_epoch,
+            "bn_shared": ema.bn_is_shared(self.nets.C_ema, self.nets.C),
+            "networks": {name: net.state_dict() for name, net in self.nets.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "noise": self.noise.state_dict(),
+            "stats": self.stats.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`: the same numbers, bit for bit on one device."""
+        if state["stage"] == 2 and self.stage == 1:
+            self.begin_stage2()
+        self.step_in_stage = state["step_in_stage"]
+        for name, net in self.nets.items():
+            net.load_state_dict(state["networks"][name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        if state["bn_shared"]:
+            ema.share_bn(self.nets.C_ema, self.nets.C)
+        self.noise.load_state_dict(state["noise"])
+        self.stats.load_state_dict(state["stats"], self.noise.device)

@@ -1,0 +1,40 @@
+"""Names of attacks, as `--attacks` takes them. Imports no torch, so that a typo is told at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+ACCEPTED = "clean, pgd-E (L-inf ball of E/255, 0 < E <= 255, e.g. pgd-8)"
+_EXAMPLES = ("clean", "pgd-2", "pgd-4", "pgd-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSpec:
+    """What a name stands for. eps and step_size in units of the image range [0, 1]."""
+
+    name: str
+    kind: Literal["clean", "pgd"]
+    eps: float = 0.0
+    step_size: float = 0.0
+    num_steps: int = 0
+
+
+def parse_attack(name: str) -> AttackSpec:
+    """The attack that a name stands for; PGD as in Table IX: 20 steps of 1/255. Raises ValueError."""
+    if name == "clean":
+        return AttackSpec(name="clean", kind="clean")
+    match = re.fullmatch(r"pgd-(\d+(?:\.\d+)?)", name)
+    if match and 0 < float(match[1]) <= 255:
+        radius = float(match[1])
+        return AttackSpec(name=f"pgd-{radius:g}", kind="pgd", eps=radius / 255, step_size=1 / 255, num_steps=20)
+    close = difflib.get_close_matches(name, _EXAMPLES, n=1)
+    raise ValueError(f"attacks: {name!r} is not one of {ACCEPTED}" + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def parse_attacks(text: str) -> list[AttackSpec]:
+    """The attacks of a comma-separated list, each once, in the order given. Raises ValueError."""
+    specs = {spec.name: spec for spec in (parse_attack(name.strip()) for name in text.split(","))}
+    return list(specs.values())

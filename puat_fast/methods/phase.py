@@ -1,0 +1,49 @@
+"""What an update is: the vocabulary that methods and engine share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from puat_fast.data.batch import StepBatch
+
+Report = Callable[[str, Tensor], None]
+"""report(name, value): takes a detached scalar of the current step, e.g. ("C/uae", ...), and never waits for it."""
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """What changes with the step, computed once per step."""
+
+    lr: float  # of C
+    momentum: float  # of C
+    bn_momentum: float  # of C's running statistics: 1 in the first step of a stage
+    ema_decay: float
+    adv_ramp: float  # r(t) of spec 1.4
+    consistency_weight: float  # a(t) of spec 1.4
+
+
+Loss = Callable[[StepBatch, Scalars, int], Iterator[Tensor]]
+"""loss(batch, scalars, k), k = 0 .. repeat-1: yields parts; each is backpropagated at once, so its graph is freed."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One update: the network it trains, its loss, how often per step."""
+
+    net: str  # D, G, A or C
+    loss: Loss
+    repeat: int = 1
+
+
+class Method(Protocol):
+    """What the engine runs."""
+
+    stages: tuple[int, ...]  # 1 = pretraining, 2 = training
+
+    def phases(self, stage: int, epoch: int) -> list[Phase]:
+        """The updates of one step, in order; sets the networks' modes for the step."""
+        ...

@@ -1,0 +1,224 @@
+"""PUAT: D, G, A and C trained together (spec 1.3, 1.5; numbers are the paper's equations).
+
+In every function x_l, y_l are labelled images and labels, x_u unlabelled images, z latents; P is the projection into
+the L-inf ball around G(z, y); p = softmax. Parameters of the other networks do not require gradients (the engine
+sees to it), so that each update computes only the gradients that it uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from puat_fast import objectives as L
+from puat_fast.attacks.pgd import ascend, attack_loss, gauss_start, uniform_start
+from puat_fast.config import Config
+from puat_fast.data.batch import DiscBatch, SemiBatch, StepBatch
+from puat_fast.methods.phase import Phase, Report, Scalars
+from puat_fast.networks import Networks
+from puat_fast.networks.layers import eval_mode, frozen_running_stats
+from puat_fast.noise import Noise
+
+
+class Puat:
+    """The method of the paper; `config` decides wherever paper and official code differ (spec 1.10)."""
+
+    def __init__(self, config: Config, nets: Networks, noise: Noise, report: Report) -> None:
+        self.config, self.noise, self.report = config, noise, report
+        self.G, self.D, self.C, self.A, self.C_ema = nets.G, nets.D, nets.C, nets.A, nets.C_ema
+        self.z_shared: Tensor | None = None  # the z of the G update, for uae.share_z
+        self.stages = (1, 2) if config.pretrain.epochs else (2,)
+
+    def phases(self, stage: int, epoch: int) -> list[Phase]:
+        """Stage 1: C, from gan_start on also D and G; stage 2: all four, in `schedule.order`."""
+        for net in (self.G, self.D, self.C, self.C_ema):
+            net.train()
+        self.A.train(not (self.config.attacker.eval_after_first_epoch and stage == 2 and epoch > 1))
+        all_phases = {
+            "D": Phase("D", self.discriminator, repeat=self.config.schedule.n_disc),
+            "G": Phase("G", self.generator),
+            "A": Phase("A", self.attacker),
+            "C": Phase("C", self.classifier if stage == 2 else self.classifier_pretrain),
+        }
+        letters = self.config.schedule.order
+        if stage == 1:
+            letters = letters.replace("A", "") if epoch >= self.config.pretrain.gan_start else "C"
+        elif epoch < self.config.schedule.adv_start:
+            letters = letters.replace("A", "")
+        return [all_phases[letter] for letter in letters]
+
+    # -- D: eqs 7, 8, 11 ----------------------------------------------------------------------------------------
+
+    def discriminator(self, batch: StepBatch, s: Scalars, k: int) -> Iterator[Tensor]:
+        """L_D = mean relu(1 - D(x_r,y_r)) + 1/2 mean relu(1 + D(G(z,y_l),y_l)) + 1/2 mean sum p_C relu(1 + D(x_u,k))."""
+        b = batch.D[k]
+        with torch.no_grad(), eval_mode(self.C):
+            x_r, y_r = self._real_for_d(b)
+        d_real = self.D(x_r, y_r)
+        real = L.hinge_real(d_real)
+        yield real
+
+        with torch.no_grad(), eval_mode(self.C):
+            x_u = b.x_l if b.x_u is None else b.x_u
+            x_g = self.G(self._z(b), b.y_l)
+            p = self.C(x_u).softmax(1)
+        d_fake_g = self.D(x_g, b.y_l)
+        d_fake_c = self.D(x_u)
+        fake = 0.5 * L.hinge_fake(d_fake_g) + 0.5 * L.hinge_fake_by_class(d_fake_c, p)
+        yield fake
+
+        self._report(("D/loss", real + fake), ("D/real", d_real.mean()), ("D/fake_g", d_fake_g.mean()),
+                     ("D/fake_c", d_fake_c.mean()))  # fmt: skip
+
+    def _real_for_d(self, b: DiscBatch) -> tuple[Tensor, Tensor]:
+        """(x_r, y_r): labelled pairs, and a part f of other unlabelled images with C's hard labels."""
+        n_u = int(len(b.y_l) * self.config.data.mix_frac)  # truncated, as the official code does (spec 5.2, 2)
+        if b.x_ud is None or n_u == 0:
+            return b.x_l, b.y_l
+        n_l, x_ud = len(b.y_l) - n_u, b.x_ud[:n_u]
+        return torch.cat([b.x_l[:n_l], x_ud]), torch.cat([b.y_l[:n_l], self.C(x_ud).argmax(1)])
+
+    # -- G: eq 8 ------------------------------------------------------------------------------------------------
+
+    def generator(self, batch: StepBatch, s: Scalars, k: int) -> Iterator[Tensor]:
+        """L_G = -mean D(G(z,y_l), y_l), y_l of the last D batch."""
+        b = batch.D[-1]
+        self.z_shared = self._z(b)
+        loss = L.generator_loss(self.D(self.G(self.z_shared, b.y_l), b.y_l))
+        yield loss
+        self._report(("G/loss", loss))
+
+    # -- A: eq 14 -----------------------------------------------------------------------------------------------
+
+    def attacker(self, batch: StepBatch, s: Scalars, k: int) -> Iterator[Tensor]:
+        """L_A = -CE_0(C(P(G(A(z,y_l),y_l); G(z,y_l))), y_l), C in eval mode."""
+        b = batch.D[-1]
+        with eval_mode(self.C):
+            loss = -L.cross_entropy(self.C(self._uae(self._z_uae(b), b.y_l)), b.y_l)
+        yield loss
+        self._report(("A/loss", loss))
+
+    def _uae(self, z: Tensor, y: Tensor) -> Tensor:
+        """x_uae = P(G(A(z,y),y); G(z,y)), G(z,y) detached; z_a goes through G first, each with its own statistics."""
+        x_uae = self.G(self.A(z, y), y)
+        with torch.no_grad():
+            x_g = self.G(z, y)
+        eps = self.config.uae.project_eps
+        return x_uae if eps is None else L.project_linf(x_uae, x_g, eps)
+
+    # -- C: eqs 12-17 -------------------------------------------------------------------------------------------
+
+    def classifier(self, batch: StepBatch, s: Scalars, k: int) -> Iterator[Tensor]:
+        """CE_ls(C(x_l),y_l) + a MSE + r [lambda CE_ls(C(x_uae),y_l) + w_rae CE_ls(C(x_rae),y_m) - gamma mean sum p_C D]."""
+        loss, b = self.config.loss, batch.C
+        if s.adv_ramp == 0:  # before adv_start: the mean teacher alone, as in stage 1
+            yield from self.classifier_pretrain(batch, s, k)
+            return
+
+        with torch.no_grad():
+            x_uae = self._uae(self._z_uae(b), b.y_l)
+        logits_uae = self.C(x_uae)
+        uae = s.adv_ramp * loss.uae_weight * L.cross_entropy(logits_uae, b.y_l, loss.label_smoothing)  # eq 16
+        yield uae
+
+        logits_l = self.C(b.x_l)
+        logits_u = logits_l if b.x_u is None else self.C(b.x_u)
+        x_u = b.x_l if b.x_u is None else b.x_u
+        with torch.no_grad():
+            d_u = self.D(x_u)
+            x_m, y_m = self._mixed(b, x_u, logits_u)
+        sup = L.cross_entropy(logits_l, b.y_l, loss.label_smoothing)  # eq 12
+        con = self._consistency(s.consistency_weight, b, x_m, logits_l, logits_u)  # eq 13
+        fake = s.adv_ramp * loss.gamma * L.classifier_vs_discriminator(logits_u.softmax(1), d_u)  # eq 15
+        yield sup + con + fake
+
+        rae = torch.zeros_like(sup)
+        if loss.rae_weight > 0:
+            if self.config.rae.source == "labelled":
+                x_m, y_m = b.x_l, b.y_l
+            factor = loss.uae_weight if loss.rae_weight_mode == "lambda_times" else 1.0
+            logits_rae = self.C(self._rae(x_m, y_m))
+            rae = s.adv_ramp * factor * loss.rae_weight * L.cross_entropy(logits_rae, y_m, loss.label_smoothing)  # eq 17
+            yield rae
+            y_report = b.y_l if self.config.rae.accuracy_labels == "y_l" else y_m
+            self._report(("C/rae_acc", L.accuracy(logits_rae, y_report)))
+
+        self._report(("C/loss", uae + sup + con + fake + rae), ("C/sup", sup), ("C/con", con), ("C/fake", fake),
+                     ("C/uae", uae), ("C/rae", rae), ("C/clean_acc", L.accuracy(logits_l, b.y_l)),
+                     ("C/uae_acc", L.accuracy(logits_uae, b.y_l)))  # fmt: skip
+
+    def classifier_pretrain(self, batch: StepBatch, s: Scalars, k: int) -> Iterator[Tensor]:
+        """Stage 1: CE_ls(C(x_l), y_l) + a(t) MSE, the mean teacher; C(x_m) is a forward of its own."""
+        loss, b, a = self.config.loss, batch.C, s.consistency_weight
+        logits_l = self.C(b.x_l)
+        sup = L.cross_entropy(logits_l, b.y_l, loss.label_smoothing)
+        con = torch.zeros_like(sup)
+        if a > 0:
+            x_c = self._consistency_images(b)
+            with torch.no_grad():
+                p_teacher = self.C_ema(x_c).softmax(1)
+            logits_c = logits_l if b.x_u is None else self.C(x_c)
+            con = a * L.consistency(logits_c.softmax(1), p_teacher, self.config.consistency.reduce)
+        yield sup + con
+        self._report(("C/loss", sup + con), ("C/sup", sup), ("C/con", con),
+                     ("C/clean_acc", L.accuracy(logits_l, b.y_l)))  # fmt: skip
+
+    def _mixed(self, b: SemiBatch, x_u: Tensor, logits_u: Tensor) -> tuple[Tensor, Tensor]:
+        """x_m = [x_l[:n_l], x_u[n_l:]], y_m = [y_l[:n_l], argmax C(x_u)[n_l:]], n_l = B - int(B f)."""
+        pseudo = self.config.pseudo
+        if pseudo.forward == "extra":  # another draw of the augmentation, another update of the running statistics
+            logits_u = self.C(x_u)
+        elif pseudo.forward == "eval":
+            with eval_mode(self.C):
+                logits_u = self.C(x_u)
+        n_l = self._n_labelled(b)
+        x_m = torch.cat([b.x_l[:n_l], x_u[n_l:]])
+        if b.x_u is None and not pseudo.relabel_labelled:
+            return x_m, b.y_l
+        return x_m, torch.cat([b.y_l[:n_l], logits_u.argmax(1)[n_l:]])
+
+    def _consistency(self, a: float, b: SemiBatch, x_m: Tensor, logits_l: Tensor, logits_u: Tensor) -> Tensor:
+        """a(t) MSE(p_C, p_C'), with C's logits from the forwards at hand."""
+        if self.config.consistency.source == "mixed":
+            n_l, x_c = self._n_labelled(b), x_m
+            logits_c = torch.cat([logits_l[:n_l], logits_u[n_l:]])
+        else:
+            x_c, logits_c = (b.x_l if b.x_u is None else b.x_u), logits_u
+        with torch.no_grad():
+            p_teacher = self.C_ema(x_c).softmax(1)
+        if a == 0:
+            return torch.zeros((), device=x_c.device, dtype=x_c.dtype)
+        return a * L.consistency(logits_c.softmax(1), p_teacher, self.config.consistency.reduce)
+
+    def _consistency_images(self, b: SemiBatch) -> Tensor:
+        if b.x_u is None:
+            return b.x_l
+        n_l = self._n_labelled(b)
+        return torch.cat([b.x_l[:n_l], b.x_u[n_l:]]) if self.config.consistency.source == "mixed" else b.x_u
+
+    def _rae(self, x: Tensor, y: Tensor) -> Tensor:
+        """x_rae: PGD on C from x, CE_0, with C's BatchNorm as `rae.bn` says."""
+        a, rae = self.config.attack, self.config.rae
+        start = gauss_start(x, self.noise) if rae.init == "gauss" else uniform_start(x, a.eps, self.noise)
+        C, loss = self.C, attack_loss("ce", y)
+        if rae.bn == "train":
+            return ascend(C, x, start, loss, eps=a.eps, step_size=a.step_size, num_steps=a.num_steps)
+        with frozen_running_stats(C) if rae.bn == "train_frozen" else eval_mode(C):
+            return ascend(C, x, start, loss, eps=a.eps, step_size=a.step_size, num_steps=a.num_steps)
+
+    # -- shared -------------------------------------------------------------------------------------------------
+
+    def _n_labelled(self, b: SemiBatch) -> int:
+        return len(b.y_l) - int(len(b.y_l) * self.config.data.mix_frac)
+
+    def _z(self, b: SemiBatch) -> Tensor:
+        return self.noise.normal("z", (len(b.y_l), self.config.gan.z_dim))
+
+    def _z_uae(self, b: SemiBatch) -> Tensor:
+        return self.z_shared if self.config.uae.share_z and self.z_shared is not None else self._z(b)
+
+    def _report(self, *values: tuple[str, Tensor]) -> None:
+        for name, value in values:
+            self.report(name, value.detach())

@@ -1,0 +1,118 @@
+"""C: the wide residual network with SiLU that is trained, and its teacher C' (spec 1.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from puat_fast.networks.augment import Augment
+from puat_fast.networks.layers import BatchNorm2d
+
+BN_MOMENTUM = 0.01
+
+
+def _conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1, padding: int = 0) -> nn.Conv2d:
+    conv = nn.Conv2d(channels_in, channels_out, kernel, stride=stride, padding=padding, bias=False)
+    nn.init.normal_(conv.weight, std=(2 / (kernel * kernel * channels_out)) ** 0.5)
+    return conv
+
+
+class Block(nn.Module):
+    """Pre-activation block: a = SiLU(BN0(x)); r = conv1(SiLU(BN1(conv0(a)))); x + r, or shortcut(a) + r."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.batchnorm_0 = BatchNorm2d(channels_in, momentum=BN_MOMENTUM)
+        self.conv_0 = _conv(channels_in, channels_out, 3, stride)
+        self.batchnorm_1 = BatchNorm2d(channels_out, momentum=BN_MOMENTUM)
+        self.conv_1 = _conv(channels_out, channels_out, 3, padding=1)
+        self.shortcut = _conv(channels_in, channels_out, 1, stride) if channels_in != channels_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: N x channels_in x H x W -> N x channels_out x H/stride x W/stride."""
+        a = F.silu(self.batchnorm_0(x))
+        # stride 2 pads right and bottom only: TensorFlow's "SAME"
+        padded = F.pad(a, (1, 1, 1, 1) if self.stride == 1 else (0, 1, 0, 1))
+        r = self.conv_1(F.silu(self.batchnorm_1(self.conv_0(padded))))
+        return (x if self.shortcut is None else self.shortcut(a)) + r
+
+
+class Group(nn.Module):
+    """A row of blocks; the first one changes width and resolution."""
+
+    def __init__(self, num_blocks: int, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            Block(channels_in, channels_out, stride),
+            *(Block(channels_out, channels_out, 1) for _ in range(num_blocks - 1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The blocks, one after the other."""
+        return self.block(x)  # type: ignore[no-any-return]
+
+
+class Classifier(nn.Module):
+    """WRN-depth-width: images in [0,1], N x 3 x 32 x 32 -> logits, N x K.
+
+    In train mode `augment` is applied first; then (x - mean) / std. Parameter names are those of RobustBench's
+    DMWideResNet. WRN-28-10 with K = 10 has 36,479,194 parameters.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        depth: int = 28,
+        width: int = 10,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+        augment: Augment | None = None,
+    ) -> None:
+        super().__init__()
+        if (depth - 4) % 6:
+            raise ValueError(f"depth: {depth} is not 6 n + 4")
+        num_blocks, widths = (depth - 4) // 6, (16, 16 * width, 32 * width, 64 * width)
+        self.augment = augment
+        self.num_classes, self.depth, self.width = num_classes, depth, width
+        self.normalisation = (tuple(mean), tuple(std))
+        for name, values in zip(("mean", "std"), self.normalisation, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        self.init_conv = _conv(3, widths[0], 3, padding=1)
+        self.layer = nn.Sequential(*(Group(num_blocks, widths[i], widths[i + 1], 1 if i == 0 else 2) for i in range(3)))
+        self.batchnorm = BatchNorm2d(widths[3], momentum=BN_MOMENTUM)
+        self.logits = nn.Linear(widths[3], num_classes)
+        nn.init.zeros_(self.logits.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # from the numbers again: a float32 mean cast to float64 would be 1e-8 off
+        for name, values in zip(("mean", "std"), self.normalisation, strict=True):
+            setattr(self, name, getattr(self, name).new_tensor(values).view(1, 3, 1, 1))
+        return self
+
+    def features(self, x: Tensor) -> Tensor:
+        """Pooled features before the last layer, N x 64 width."""
+        if x.shape[1:] != (3, 32, 32):
+            raise ValueError(f"x: shape {tuple(x.shape)}, expected N x 3 x 32 x 32")
+        if self.training and self.augment is not None:
+            x = self.augment(x)
+        h = self.layer(self.init_conv((x - self.mean) / self.std))
+        return F.avg_pool2d(F.silu(self.batchnorm(h)), 8).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: images in [0,1], N x 3 x 32 x 32 -> logits, N x K. Raises ValueError on another shape."""
+        return self.logits(self.features(x))  # type: ignore[no-any-return]
+
+    def set_bn_momentum(self, momentum: float) -> None:
+        """Momentum of every running statistic: 1.0 takes over the last batch's ("Haiku init", spec 1.2)."""
+        for module in self.modules():
+            if isinstance(module, BatchNorm2d):
+                module.momentum = momentum

@@ -1,0 +1,59 @@
+"""D: the projection discriminator with spectral norm (spec 1.2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from puat_fast.networks.layers import SNConv2d, SNEmbedding, SNLinear
+
+
+class DownBlock(nn.Module):
+    """avgpool2(conv3x3(ReLU(conv3x3(a)))) + shortcut, a = x in the first block, ReLU(x) in the others.
+
+    Shortcut: the first block pools, then conv1x1; the others conv1x1, then pool (no ReLU before it).
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.conv1 = SNConv2d(channels_in, channels_out, 3, gain=2**0.5)
+        self.conv2 = SNConv2d(channels_out, channels_out, 3, gain=2**0.5)
+        self.shortcut = SNConv2d(channels_in, channels_out, 1, gain=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: N x channels_in x H x W -> N x channels_out x H/2 x W/2."""
+        r = self.conv1(x if self.first else F.relu(x))
+        r = F.avg_pool2d(self.conv2(F.relu(r)), 2)
+        if self.first:
+            return self.shortcut(F.avg_pool2d(x, 2)) + r  # type: ignore[no-any-return]
+        return F.avg_pool2d(self.shortcut(x), 2) + r
+
+
+class Discriminator(nn.Module):
+    """D(x, y) = linear(h) + <E_y, h>, h = sum over 2 x 2 of ReLU(blocks((x - 0.5) / 0.5)).
+
+    `per_class_lookup` (official-v1): D(x, all) looks the embedding up K times and so makes K power iterations on it,
+    each class using its own sigma; else one.
+    """
+
+    def __init__(self, num_classes: int, width: int = 256, per_class_lookup: bool = False) -> None:
+        super().__init__()
+        self.num_classes, self.per_class_lookup = num_classes, per_class_lookup
+        self.blocks = nn.Sequential(
+            DownBlock(3, width, first=True), *(DownBlock(width, width, first=False) for _ in range(3))
+        )
+        self.linear = SNLinear(width, 1)
+        self.embedding = SNEmbedding(num_classes, width)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """x: N x 3 x 32 x 32 in [0,1]; y: N class indices -> N x 1; y None -> N x K, D(x, k) for every class k."""
+        h = F.relu(self.blocks((x - 0.5) / 0.5)).sum(dim=(2, 3))
+        score = self.linear(h)
+        if y is not None:
+            return score + (F.embedding(y, self.embedding.normalised_weight()) * h).sum(1, keepdim=True)  # type: ignore[no-any-return]
+        if self.per_class_lookup:
+            rows = [self.embedding.normalised_weight()[k] for k in range(self.num_classes)]
+            return score + h @ torch.stack(rows).T  # type: ignore[no-any-return]
+        return score + h @ self.embedding.normalised_weight().T  # type: ignore[no-any-return]

@@ -1,0 +1,136 @@
+"""Layers that the four networks share: normalisations with state, and spectral norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation whose running statistics can be left alone in train mode.
+
+    With `update_stats` false, train mode normalises by the batch's own statistics and changes no buffer.
+    """
+
+    update_stats = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: N x channels x H x W."""
+        if self.training and not self.update_stats:
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        return super().forward(x)
+
+
+class ConditionalBatchNorm2d(nn.Module):
+    """CBN: gain_y[c] * xhat + bias_y[c], with one gain and bias per class and channel (spec 1.2)."""
+
+    def __init__(self, num_classes: int, channels: int) -> None:
+        super().__init__()
+        self.bn = BatchNorm2d(channels, affine=False)
+        self.gain = nn.Parameter(torch.ones(num_classes, channels))
+        self.bias = nn.Parameter(torch.zeros(num_classes, channels))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: N x channels x H x W, y: N class indices."""
+        return F.embedding(y, self.gain)[:, :, None, None] * self.bn(x) + F.embedding(y, self.bias)[:, :, None, None]
+
+
+class SpectralNorm(nn.Module):
+    """Base of layers that use W / sigma, sigma = u^T W v, W flattened to (out, rest).
+
+    In train mode every forward first makes one power iteration, v = W^T u, u = W v (normalised, eps 1e-12), also under
+    no_grad; u and v are constants in backward, sigma is differentiated through W. (Miyato et al. 2018; spec 1.2.)
+    """
+
+    weight: nn.Parameter
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape))
+        rest = self.weight[0].numel()
+        self.register_buffer("u", F.normalize(torch.randn(shape[0]), dim=0, eps=1e-12))
+        self.register_buffer("v", F.normalize(torch.randn(rest), dim=0, eps=1e-12))
+
+    def normalised_weight(self) -> Tensor:
+        """W / sigma, of W's shape; in train mode u and v advance by one power iteration."""
+        flat = self.weight.flatten(1)
+        if self.training:
+            with torch.no_grad():
+                self.v.copy_(F.normalize(flat.T @ self.u, dim=0, eps=1e-12))
+                self.u.copy_(F.normalize(flat @ self.v, dim=0, eps=1e-12))
+        # clones: a later forward overwrites u and v in place while this one's graph is still alive
+        u, v = self.u.clone(), self.v.clone()
+        return self.weight / torch.dot(u, flat @ v)
+
+
+class SNConv2d(SpectralNorm):
+    """k x k convolution (stride 1, padding k // 2, bias) with spectral norm."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, gain: float) -> None:
+        super().__init__(channels_out, channels_in, kernel, kernel)
+        nn.init.xavier_uniform_(self.weight, gain)
+        bound = 1 / (channels_in * kernel * kernel) ** 0.5
+        self.bias = nn.Parameter(torch.empty(channels_out).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: N x channels_in x H x W -> N x channels_out x H x W."""
+        return F.conv2d(x, self.normalised_weight(), self.bias, padding=self.weight.shape[-1] // 2)
+
+
+class SNLinear(SpectralNorm):
+    """Linear layer with bias and spectral norm."""
+
+    def __init__(self, features_in: int, features_out: int) -> None:
+        super().__init__(features_out, features_in)
+        nn.init.xavier_uniform_(self.weight)
+        bound = 1 / features_in**0.5
+        self.bias = nn.Parameter(torch.empty(features_out).uniform_(-bound, bound))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h: N x features_in -> N x features_out."""
+        return F.linear(h, self.normalised_weight(), self.bias)
+
+
+class SNEmbedding(SpectralNorm):
+    """Table of class embeddings, K x features, with spectral norm over the whole table."""
+
+    def __init__(self, num_classes: int, features: int) -> None:
+        super().__init__(num_classes, features)
+        nn.init.xavier_uniform_(self.weight)
+
+
+
+
+def batch_norms(module: nn.Module) -> Iterator[BatchNorm2d]:
+    """Every BatchNorm2d of a network, in the order of `modules()`."""
+    return (m for m in module.modules() if isinstance(m, BatchNorm2d))
+
+
+@contextmanager
+def frozen_running_stats(module: nn.Module) -> Iterator[None]:
+    """Inside, train-mode forwards use batch statistics and leave the running ones alone."""
+    norms = list(batch_norms(module))
+    for norm in norms:
+        norm.update_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.update_stats = True
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, the network is in eval mode; afterwards in the mode it had."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
