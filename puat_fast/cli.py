@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from puat_fast import files, info
+from puat_fast import __version__, files, info
 from puat_fast.config import DATASETS, ConfigError
 from puat_fast.evaluation.names import ACCEPTED, AttackSpec, parse_attacks
 from puat_fast.options import add_config_flags, resolve_config
@@ -62,18 +62,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `puat-fast info | head`: the reader has left, so there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, *_failures()) as error:
-        # A DataError is a ValueError, but the file is at fault, not the option that names it.
-        wrong_option = isinstance(error, ValueError) and not isinstance(error, _loaded("puat_fast.data.formats", "DataError"))
-        return _fail(argv, " ".join(str(error).split()), 2 if wrong_option else 1)
+    except (ValueError, RuntimeError, OSError) as error:
+        code = _exit_code(error)
+        if not code:
+            raise
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        return _fail(argv, " ".join(text.split()), code)
 
 
-def _failures() -> tuple[type[BaseException], ...]:
-    return (RunError, OSError, *_loaded("puat_fast.engine.trainer", "NonFiniteError"))
+def _exit_code(error: Exception) -> int:
+    """1 for a failure, 2 for a wrong option, 0 for a mistake of ours, whose traceback is to be seen."""
+    # A DataError is a ValueError, but the file is at fault, not the option that names it.
+    late = _loaded("puat_fast.data.formats", "DataError") + _loaded("puat_fast.engine.trainer", "NonFiniteError")
+    if isinstance(error, (RunError, OSError, *late)):
+        return 1
+    return 2 if isinstance(error, ValueError) else 0
 
 
-def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:
-    # An error class of a module that imports torch: it can only have been raised where the module is loaded already.
+def _loaded(module: str, name: str) -> tuple[type[Exception], ...]:
+    # An error class of a module that is slow to import: it can only have been raised where that is loaded already.
     found = getattr(sys.modules.get(module), name, None)
     return () if found is None else (found,)
 
@@ -86,7 +93,7 @@ def _fail(argv: Sequence[str], message: str, code: int) -> int:
 
 
 def _spelled(argv: list[str], verbs: dict[str, argparse.ArgumentParser]) -> list[str]:
-    """The arguments with flags spelled as they are declared: - and _ are alike. Raises ConfigError for unknown flags."""
+    """The arguments, flags spelled as they are declared: - and _ are alike. Raises ConfigError for unknown flags."""
     if not argv or argv[0] not in verbs:  # --help, --version, or a mistake that argparse tells
         return argv
     known = {flag.replace("-", "_"): flag for flag in verbs[argv[0]]._option_string_actions if flag.startswith("--")}
@@ -108,7 +115,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         epilog="`puat-fast VERB --help` tells the options of a verb.\n"
         "Exit codes: 0 done, 1 failed, 2 wrong options, 130 interrupted and saved.",
     )
-    parser.add_argument("--version", action="version", version=f"puat-fast {info.version()}")
+    parser.add_argument("--version", action="version", version=f"puat-fast {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, title="verbs")
     for add in (_add_train, _add_eval, _add_generate, _add_info):
         add(verbs)
@@ -155,7 +162,7 @@ def _train(options: argparse.Namespace) -> int:
 
     result = Trainer(config, resume=options.resume).fit()
     rows = [[name, f"{100 * accuracy:.2f}"] for name, accuracy in result.summary.items()]
-    _table(f"{config.dataset} test images, teacher of the best validation", ["attack", "accuracy %"], rows)
+    _table(f"{config.dataset} test images, teacher C'", ["attack", "accuracy %"], rows)
     grids = sorted((result.path / "samples").glob("*.png"), key=lambda grid: grid.stat().st_mtime)
     for file in (*grids[-1:], result.path / "curves.png", result.path / "classifier.safetensors"):
         if file.exists():
@@ -170,13 +177,14 @@ def _add_eval(verbs: Any) -> None:
     parser = _add_verb(
         verbs, "eval", _eval, "measure a classifier's accuracy under attacks", "RUN_OR_FILE [options]", EVAL_KEYS
     )
-    parser.add_argument("path", metavar="RUN_OR_FILE", type=Path, help="run directory, or weights in a .safetensors file")
+    parser.add_argument("path", metavar="RUN_OR_FILE", type=Path, help="run directory, or a .safetensors file")
+    attacks = "clean,pgd-2,pgd-4,pgd-8"
     parser.add_argument(
-        "--attacks", default="clean,pgd-2,pgd-4,pgd-8", metavar="NAMES", help=f"accepted: {ACCEPTED} (default: %(default)s)"
+        "--attacks", default=attacks, metavar="NAMES", help=f"accepted: {ACCEPTED} (default: %(default)s)"
     )
     parser.add_argument("--n", type=_at_least(1), metavar="N", help="first N test images (default: all)")
     parser.add_argument("--batch-size", type=_at_least(1), default=256, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the attacks (default: %(default)s)")
+    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--dataset", choices=DATASETS, help="other test images than the run's own")
     parser.add_argument("--data-dir", metavar="TEXT", help="folder that holds the dataset's files (default: the run's)")
     _add_device(parser)
@@ -203,15 +211,19 @@ def _eval(options: argparse.Namespace) -> int:
         rows.append([name, f"{100 * found['accuracy']:.2f}", interval, str(found["n"]), f"{found['seconds']:.1f}"])
     _table(f"{result['run']} on {result['dataset']}", ["attack", "accuracy %", "95 % interval", "n", "seconds"], rows)
     if options.path.is_dir():
-        _save_eval(options.path, attacks, result)
+        _write_json(_eval_file(options, attacks), result)
     _write_json(options.json, result)
     return 0
 
 
-def _save_eval(run: Path, attacks: Sequence[AttackSpec], result: dict[str, Any]) -> None:
-    file = run / "eval" / ("_".join(attack.name for attack in attacks) + ".json")
-    file.parent.mkdir(exist_ok=True)
-    _write_json(file, result)
+def _eval_file(options: argparse.Namespace, attacks: Sequence[AttackSpec]) -> Path:
+    # A quick look at a part of the images, or at other ones, does not overwrite the result on all of the run's own.
+    parts = [attack.name for attack in attacks]
+    parts += [f"n{options.n}"] if options.n else []
+    parts += [options.dataset] if options.dataset else []
+    folder: Path = options.path / "eval"
+    folder.mkdir(exist_ok=True)
+    return folder / ("_".join(parts) + ".json")
 
 
 class _Progress:
@@ -243,7 +255,9 @@ def wilson_interval(correct: int, n: int) -> list[float]:
 
 
 def _add_generate(verbs: Any) -> None:
-    parser = _add_verb(verbs, "generate", _generate, "show what G draws, and what C says of it", "RUN --grid FILE.png")
+    parser = _add_verb(
+        verbs, "generate", _generate, "show what G draws, and what C says of it", "RUN --grid FILE.png [options]"
+    )
     parser.add_argument("path", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--grid", type=Path, required=True, metavar="FILE.png", help="where the picture goes")
     parser.add_argument(
@@ -267,7 +281,8 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _add_info(verbs: Any) -> None:
-    _add_json(_add_verb(verbs, "info", _info, "what was built and found, and why a fast path is off", "[options]", info.KEYS))
+    text = "what was built and found, and why a fast path is off"
+    _add_json(_add_verb(verbs, "info", _info, text, "[options]", info.KEYS))
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -316,9 +331,12 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    console = Console()
+    if title:  # not the table's own title, which is wrapped to the width of the table
+        console.print(title, soft_wrap=True, markup=False, highlight=False)
+    table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console.print(table)

@@ -99,7 +99,7 @@ class UaeConfig:
 class PseudoConfig:
     """Hard pseudo-labels of the mixed batch."""
 
-    forward: Literal["reuse", "extra", "eval"] = "reuse"  # argmax of the C(x_u) at hand, of another train-mode one, of an eval one
+    forward: Literal["reuse", "extra", "eval"] = "reuse"  # argmax of the C(x_u) at hand, of one more, or in eval mode
     relabel_labelled: bool = False  # official-v1: without unlabelled data, labelled images get predicted labels
 
 
@@ -177,7 +177,7 @@ class EmaConfig:
 
     decay: float = 0.995  # stage 2
     reset_on_stage2: bool = True  # the warm-up (decay 0) runs again at the start of stage 2
-    bn: Literal["copy", "shared", "average"] = "copy"  # teacher BN buffers: copied at epoch end, aliased (bug), averaged
+    bn: Literal["copy", "shared", "average"] = "copy"  # C' BN buffers: copied at epoch end, aliased (a bug), averaged
     warmup_images: int | None = None  # N0 of the warm-up steps W = pct_start * epochs * E0; null: the real E
 
 
@@ -248,7 +248,7 @@ class Config:
 
     @classmethod
     def _from_preset(cls, name: str, **overrides: Any) -> Config:
-        """`Config.preset("paper", dataset="cifar100", loss={"gamma": 0.1})`: a preset with overrides. Raises ConfigError."""
+        """A preset with overrides, `Config.preset("paper", dataset="cifar10", loss={"gamma": 0.1})`. Raises ConfigError."""
         values = cls.preset_values(name, overrides.get("dataset", "digits"), overrides.get("method", "puat"))
         merge(values, overrides)
         return cls.from_dict(values)

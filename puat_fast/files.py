@@ -47,7 +47,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON as a whole. Raises OSError, TypeError for what JSON cannot hold, ValueError for nan and inf."""
+    """Write indented JSON as a whole. Raises OSError, TypeError or ValueError (nan, inf) for what JSON cannot hold."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

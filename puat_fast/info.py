@@ -8,6 +8,8 @@ import platform
 import sys
 from typing import Any
 
+from puat_fast import __version__
+
 KEYS = """\
 keys of the JSON file:
   version       of puat-fast
@@ -22,11 +24,6 @@ keys of the JSON file:
   fast_paths    name of each -> on: true or false, why"""
 
 
-def version() -> str:
-    """Version of puat-fast; 'not installed' where it runs from a source folder."""
-    return _version_of("puat-fast") or "not installed"
-
-
 def collect() -> dict[str, Any]:
     """What was built and found, as plain values; `KEYS` documents them."""
     import numpy
@@ -36,12 +33,12 @@ def collect() -> dict[str, Any]:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
     native = _native()
     return {
-        "version": version(),
+        "version": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": {"name": _cpu_name(), "count": len(os.sched_getaffinity(0))},
         "torch": {
-            "version": torch.__version__,
+            "version": str(torch.__version__),
             "cuda": torch.version.cuda,
             "devices": devices,
             "threads": torch.get_num_threads(),

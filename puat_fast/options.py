@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import io
 import tokenize
@@ -50,7 +51,7 @@ def resolve_config(given: Sequence[tuple[str, str]], file: Path | None = None, r
         run = Path(resume)
         if not (run / "config.yaml").is_file():
             raise ConfigError(f"resume: {resume} holds no run; accepted: auto, or a run directory")
-        if user.setdefault("out", resume) != resume:
+        if Path(user.setdefault("out", resume)) != run:
             raise ConfigError(f"out: {user['out']} is not the run that --resume {resume} continues; leave out --out")
         values = read_yaml(run / "config.yaml")
     else:
@@ -70,7 +71,7 @@ def _add_flags(parser: argparse._ArgumentGroup, cls: type, prefix: str, comments
         # Values stay texts here, beside their keys: what they must be is Config's to say.
         parser.add_argument(
             f"--{key if prefix else key.replace('_', '-')}", dest="given", action="append", default=[],
-            type=lambda text, key=key: (key, text), metavar=_kind(hint), help=text.replace("%", "%%"),
+            type=functools.partial(_pair, key), metavar=_kind(hint), help=text.replace("%", "%%"),
         )  # fmt: skip
 
 
@@ -99,6 +100,10 @@ def _kind(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return ",".join(_kind(argument) for argument in arguments)
     return {bool: "true|false", int: "N", float: "X"}.get(hint, "TEXT")
+
+
+def _pair(key: str, text: str) -> tuple[str, str]:
+    return key, text
 
 
 def _show(value: Any) -> str:

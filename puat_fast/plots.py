@@ -105,7 +105,8 @@ _PANELS: tuple[tuple[str, float, tuple[tuple[str, str, str], ...]], ...] = (
         ("D/loss", "D", "tab:blue"), ("G/loss", "G", "tab:green"), ("A/loss", "A", "tab:red"),
     )),
     ("Output of D", 1, (
-        ("D/real", "real", "tab:blue"), ("D/fake_g", "images of G", "tab:green"), ("D/fake_c", "labels of C", "tab:orange"),
+        ("D/real", "real", "tab:blue"), ("D/fake_g", "images of G", "tab:green"),
+        ("D/fake_c", "labels of C", "tab:orange"),
     )),
     ("Training accuracy, %", 100, (
         ("C/clean_acc", "clean", "tab:blue"), ("C/uae_acc", "UAE", "tab:red"), ("C/rae_acc", "RAE", "tab:green"),
@@ -130,12 +131,13 @@ def save_curves(path: str | Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     canvas = FigureCanvasAgg(figure)
     stages = [row.get("stage") for row in metrics]
     boundary = stages.index(2) + 0.5 if 2 in stages[1:] and stages[0] == 1 else None
+    marker = "." if len(metrics) < 30 else ""
     for axes, (title, scale, lines) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
         axes.set_title(title)
         for key, label, colour in lines:
             points = [(i, scale * row[key]) for i, row in enumerate(metrics, 1) if row.get(key) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), label=label, color=colour, marker="." if len(metrics) < 30 else "")
+                axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker)
         _finish(axes, len(metrics), boundary)
     with files.atomic_write(path) as temp:
         canvas.print_figure(temp, format="png", dpi=100)

@@ -93,8 +93,8 @@ class RunLog:
         self._losses: dict[str, float] = {}
         self._times: deque[float] = deque(maxlen=RATE_STEPS + 1)
         self._left = 0
-        self._epoch_start = self._tick = perf_counter()
-        self._images, self._image_seconds = 0, 0.0
+        self._first: tuple[int, float] | None = None  # images and time of the epoch's first step
+        self._begin_epoch()
         try:
             self._open(config, resume)
         except OSError as error:
@@ -109,8 +109,8 @@ class RunLog:
     def start(self, total_steps: int, done_steps: int = 0) -> None:
         """Start the clock: `total_steps` in both stages together, `done_steps` of them in an earlier session."""
         self._left = total_steps - done_steps
+        self._begin_epoch()
         self._times.clear()
-        self._epoch_start = self._tick = perf_counter()
         self._times.append(self._tick)
 
     def step(
@@ -124,11 +124,11 @@ class RunLog:
             images: training images of this step
             losses: the losses by name ("C/loss"), in a step that read them
         """
-        now = perf_counter()
+        self._tick = perf_counter()
         self._images += images
-        self._image_seconds += now - self._tick
-        self._tick = now
-        self._times.append(now)
+        if self._first is None:
+            self._first = (images, self._tick)
+        self._times.append(self._tick)
         self._left -= 1
         self._epochs = epochs
         if losses is not None:
@@ -142,7 +142,7 @@ class RunLog:
         """Add a row to metrics.jsonl and metrics.csv and print it as one line.
 
         Columns may come and go between rows. The timing keys are added where the row lacks them: "seconds" since
-        the end of the epoch before, "images_per_s" over the steps alone, without validation and writing.
+        the end of the epoch before, "images_per_s" over the steps alone.
         """
         timing: dict[str, Value] = {
             "seconds": round(perf_counter() - self._epoch_start, 3),
@@ -153,8 +153,7 @@ class RunLog:
         self._write_rows()
         self._write_events(self.rows[-1])
         self._line.print(_epoch_line(self.rows[-1], self._epochs))
-        self._epoch_start = self._tick = perf_counter()
-        self._images, self._image_seconds = 0, 0.0
+        self._begin_epoch()
 
     def rewind(self, rows: int) -> None:
         """Keep only the first `rows` rows: what came after the checkpoint from which training goes on."""
@@ -174,8 +173,17 @@ class RunLog:
 
     @property
     def images_per_s(self) -> float:
-        """Training images per second over the steps of this epoch, up to now."""
-        return self._images / self._image_seconds if self._image_seconds > 0 else 0.0
+        """Training images per second over the steps of this epoch, up to now, without validation and writing."""
+        # The time before the first step went to files of the epoch before, or to compiling; so that step is left out
+        # where there are others.
+        images, start = self._first if self._first and self._first[1] < self._tick else (0, self._epoch_start)
+        span = self._tick - start
+        return (self._images - images) / span if span > 0 else 0.0
+
+    def _begin_epoch(self) -> None:
+        self._epoch_start = self._tick = perf_counter()
+        self._images = 0
+        self._first = None
 
     def _open(self, config: Config, resume: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -196,7 +204,7 @@ class RunLog:
     def _write_rows(self) -> None:
         # Whole files, every time: a row is some hundred bytes, and a file that is always whole needs no repair.
         # JSON has no nan and no inf: they are null there, and so is what a row does not have in the table.
-        rows = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in self.rows]
+        rows = [{key: _finite(value) for key, value in row.items()} for row in self.rows]
         files.write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         keys = dict.fromkeys(key for row in rows for key in row if key not in TIMING_KEYS)
         table = io.StringIO()
@@ -212,7 +220,7 @@ class RunLog:
             except ImportError:
                 return
             # purge_step hides what an interrupted session wrote after the checkpoint.
-            self._events = SummaryWriter(str(self.path), purge_step=len(self.rows))  # type: ignore[no-untyped-call]
+            self._events = SummaryWriter(str(self.path), purge_step=len(self.rows))
         for key, value in row.items():
             if isinstance(value, (int, float)):
                 self._events.add_scalar(key, value, len(self.rows))
@@ -272,14 +280,17 @@ def _git_sha() -> str | None:
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():  # installed: the repository around site-packages, if any, is not ours
         return None
+    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # the sha is read beside whatever git the user runs
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def _finite(value: Value) -> Value:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _clock(seconds: float | None) -> str:
@@ -294,8 +305,8 @@ def _short_losses(losses: Mapping[str, Value]) -> list[str]:
 def _epoch_line(row: Mapping[str, Value], epochs: int) -> str:
     of = f"/{epochs}" if epochs else ""
     parts = [f"stage {row.get('stage', '?')}  epoch {row.get('epoch', '?')}{of}", *_short_losses(row)]
-    for key, label in (("val_clean_acc", "val clean"), ("val_robust_acc", "val robust"), ("test_clean_acc", "test clean")):
-        value = row.get(key)
+    for key in ("val_clean_acc", "val_robust_acc", "test_clean_acc"):
+        value, label = row.get(key), key.removesuffix("_acc").replace("_", " ")
         if isinstance(value, (int, float)):
             parts.append(f"{label} {100 * value:.2f} %")
     if row.get("best"):

@@ -117,7 +117,7 @@ class RecordedNoise(Noise):
 
 
 class RecordedLoader:
-    """Hands out recorded StepBatches, one per step. Raises LookupError when they are used up or have other D batches."""
+    """Hands out recorded StepBatches, one per step. Raises LookupError when they are used up."""
 
     def __init__(self, batches: Iterable[StepBatch]) -> None:
         self.batches = iter(batches)
@@ -150,6 +150,7 @@ class StepRecorder:
         self.steps: list[dict[str, list[float]]] = []
 
     def __call__(self, terms: Mapping[str, list[Tensor]]) -> None:
+        """Keep the terms of one step."""
         self.steps.append({name: [float(v) for v in values] for name, values in terms.items()})
 
 

@@ -1,7 +1,6 @@
 """What pip builds and installs: the wheel's contents, and imports that do not depend on the working directory."""
 
 import importlib.metadata
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUILD_TOOLS = ("scikit_build_core", "pybind11", "pip")
+BUILD_TOOLS = ("scikit-build-core", "pybind11", "pip")
 
 
 def python(*arguments: object, **options: object) -> str:
@@ -22,7 +21,7 @@ def python(*arguments: object, **options: object) -> str:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    missing = [name for name in BUILD_TOOLS if importlib.util.find_spec(name) is None]
+    missing = [name for name in BUILD_TOOLS if not any(importlib.metadata.distributions(name=name))]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
     folder = tmp_path_factory.mktemp("wheel")

@@ -32,9 +32,7 @@ class IndexBatch:
 class BatchSampler:
     """Infinite iterator of IndexBatch with n_labelled and n_unlabelled indices each. Raises ValueError."""
 
-    def __init__(
-        self, labelled: IntArray, unlabelled: IntArray, n_labelled: int, n_unlabelled: int, seed: int
-    ) -> None:
+    def __init__(self, labelled: IntArray, unlabelled: IntArray, n_labelled: int, n_unlabelled: int, seed: int) -> None:
         self.labelled = np.array(labelled, np.int64)
         self.unlabelled = np.array(unlabelled, np.int64)
         self.n_labelled = n_labelled

@@ -6,7 +6,7 @@ import math
 
 
 def sigmoid_ramp(t: float, start: float, end: float) -> float:
-    """s(t; start, end): 0 before start, 1 if start >= end, else exp(-5 (1 - clip((t - start)/(end - start), 0, 1))^2)."""
+    """s(t; start, end): 0 before start, 1 if start >= end, else exp(-5 (1 - clip(r, 0, 1))^2), r = (t-start)/(end-start)."""
     if t < start:
         return 0.0
     if start >= end:

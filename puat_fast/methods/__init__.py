@@ -4,6 +4,6 @@ from puat_fast.methods.phase import Method, Phase, Report, Scalars
 from puat_fast.methods.puat import Puat
 from puat_fast.methods.regular import Regular
 
-METHODS = {"puat": Puat, "regular": Regular}
+METHODS: dict[str, type[Puat] | type[Regular]] = {"puat": Puat, "regular": Regular}
 
 __all__ = ["METHODS", "Method", "Phase", "Puat", "Regular", "Report", "Scalars"]

@@ -52,7 +52,7 @@ class Puat:
     # -- D: eqs 7, 8, 11 ----------------------------------------------------------------------------------------
 
     def discriminator(self, batch: StepBatch, s: Scalars, k: int) -> Iterator[Tensor]:
-        """L_D = mean relu(1 - D(x_r,y_r)) + 1/2 mean relu(1 + D(G(z,y_l),y_l)) + 1/2 mean sum p_C relu(1 + D(x_u,k))."""
+        """L_D = mean relu(1 - D(x_r,y_r)) + 1/2 mean relu(1 + D(G(z,y_l),y_l)) + 1/2 mean sum_k p relu(1 + D(x_u,k))."""
         b = batch.D[k]
         with torch.no_grad(), eval_mode(self.C):
             x_r, y_r = self._real_for_d(b)
@@ -111,7 +111,7 @@ class Puat:
     # -- C: eqs 12-17 -------------------------------------------------------------------------------------------
 
     def classifier(self, batch: StepBatch, s: Scalars, k: int) -> Iterator[Tensor]:
-        """CE_ls(C(x_l),y_l) + a MSE + r [lambda CE_ls(C(x_uae),y_l) + w_rae CE_ls(C(x_rae),y_m) - gamma mean sum p_C D]."""
+        """L_C = CE(C(x_l),y_l) + a MSE + r [lambda CE(C(x_uae),y_l) + w_rae CE(C(x_rae),y_m) - gamma mean sum_k p D]."""
         loss, b = self.config.loss, batch.C
         if s.adv_ramp == 0:  # before adv_start: the mean teacher alone, as in stage 1
             yield from self.classifier_pretrain(batch, s, k)
@@ -134,13 +134,13 @@ class Puat:
         fake = s.adv_ramp * loss.gamma * L.classifier_vs_discriminator(logits_u.softmax(1), d_u)  # eq 15
         yield sup + con + fake
 
-        rae = torch.zeros_like(sup)
+        rae = torch.zeros_like(sup)  # eq 17
         if loss.rae_weight > 0:
             if self.config.rae.source == "labelled":
                 x_m, y_m = b.x_l, b.y_l
             factor = loss.uae_weight if loss.rae_weight_mode == "lambda_times" else 1.0
             logits_rae = self.C(self._rae(x_m, y_m))
-            rae = s.adv_ramp * factor * loss.rae_weight * L.cross_entropy(logits_rae, y_m, loss.label_smoothing)  # eq 17
+            rae = s.adv_ramp * factor * loss.rae_weight * L.cross_entropy(logits_rae, y_m, loss.label_smoothing)
             yield rae
             y_report = b.y_l if self.config.rae.accuracy_labels == "y_l" else y_m
             self._report(("C/rae_acc", L.accuracy(logits_rae, y_report)))

@@ -54,7 +54,7 @@ class Group(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The blocks, one after the other."""
-        return self.block(x)  # type: ignore[no-any-return]
+        return self.block(x)
 
 
 class Classifier(nn.Module):
@@ -92,7 +92,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.logits.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         # from the numbers again: a float32 mean cast to float64 would be 1e-8 off
         for name, values in zip(("mean", "std"), self.normalisation, strict=True):
             setattr(self, name, getattr(self, name).new_tensor(values).view(1, 3, 1, 1))
@@ -109,7 +109,7 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: images in [0,1], N x 3 x 32 x 32 -> logits, N x K. Raises ValueError on another shape."""
-        return self.logits(self.features(x))  # type: ignore[no-any-return]
+        return self.logits(self.features(x))
 
     def set_bn_momentum(self, momentum: float) -> None:
         """Momentum of every running statistic: 1.0 takes over the last batch's ("Haiku init", spec 1.2)."""

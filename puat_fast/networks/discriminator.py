@@ -27,7 +27,7 @@ class DownBlock(nn.Module):
         r = self.conv1(x if self.first else F.relu(x))
         r = F.avg_pool2d(self.conv2(F.relu(r)), 2)
         if self.first:
-            return self.shortcut(F.avg_pool2d(x, 2)) + r  # type: ignore[no-any-return]
+            return self.shortcut(F.avg_pool2d(x, 2)) + r
         return F.avg_pool2d(self.shortcut(x), 2) + r
 
 
@@ -52,8 +52,8 @@ class Discriminator(nn.Module):
         h = F.relu(self.blocks((x - 0.5) / 0.5)).sum(dim=(2, 3))
         score = self.linear(h)
         if y is not None:
-            return score + (F.embedding(y, self.embedding.normalised_weight()) * h).sum(1, keepdim=True)  # type: ignore[no-any-return]
+            return score + (F.embedding(y, self.embedding.normalised_weight()) * h).sum(1, keepdim=True)
         if self.per_class_lookup:
             rows = [self.embedding.normalised_weight()[k] for k in range(self.num_classes)]
-            return score + h @ torch.stack(rows).T  # type: ignore[no-any-return]
-        return score + h @ self.embedding.normalised_weight().T  # type: ignore[no-any-return]
+            return score + h @ torch.stack(rows).T
+        return score + h @ self.embedding.normalised_weight().T

@@ -27,7 +27,7 @@ class CBNBlock(nn.Module):
         """h: N x channels_in x H x W, y: N class indices."""
         r = self.conv1(self._up(F.relu(self.cbn1(h, y))))
         r = self.conv2(F.relu(self.cbn2(r, y)))
-        return self.shortcut(self._up(h)) + r  # type: ignore[no-any-return]
+        return self.shortcut(self._up(h)) + r
 
     def _up(self, h: Tensor) -> Tensor:
         return F.interpolate(h, scale_factor=2, mode="bilinear", align_corners=False) if self.upsample else h
@@ -54,4 +54,4 @@ class Generator(nn.Module):
         h = self.linear(z).unflatten(1, (-1, 4, 4))
         for block in self.blocks:
             h = block(h, y)
-        return self.to_rgb(F.relu(self.bn(h))).tanh() * 0.5 + 0.5  # type: ignore[no-any-return]
+        return self.to_rgb(F.relu(self.bn(h))).tanh() * 0.5 + 0.5

@@ -105,8 +105,6 @@ class SNEmbedding(SpectralNorm):
         nn.init.xavier_uniform_(self.weight)
 
 
-
-
 def batch_norms(module: nn.Module) -> Iterator[BatchNorm2d]:
     """Every BatchNorm2d of a network, in the order of `modules()`."""
     return (m for m in module.modules() if isinstance(m, BatchNorm2d))

@@ -54,7 +54,7 @@ def test_anything_outside_the_list_is_refused_by_name(function, arguments, named
 
 
 def test_dotted_names_do_not_reach_through_an_allowed_module():
-    raw = b"\x80\x04\x8c\x05numpy\x8c\x0dndarray.tofile\x93."
+    raw = b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93."
     with pytest.raises(DataError, match=r"refuses to run code: the pickle names numpy\.ndarray\.tofile"):
         load_pickle(raw, "file")
 

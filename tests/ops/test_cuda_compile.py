@@ -1,18 +1,19 @@
 """Every CUDA source compiles for both architectures, and no kernel spills registers."""
 
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from torch.utils.cpp_extension import CUDA_HOME
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
-NVCC = Path(CUDA_HOME or "", "bin", "nvcc")
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 
-@pytest.mark.skipif(not (CUDA_HOME and NVCC.exists()), reason="no nvcc")
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH, nor CUDACXX set")
 @pytest.mark.parametrize("source", SOURCES)
 def test_compiles_without_spills(source: str, tmp_path: Path) -> None:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90)]

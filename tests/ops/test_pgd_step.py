@@ -1,4 +1,7 @@
 import math
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -76,6 +79,14 @@ def test_equals_reference_bitwise(shape: tuple[int, ...], dtype: torch.dtype, de
 @pytest.mark.parametrize(("eps", "step_size"), [(0.0, STEP), (EPS, 0.0), (2.0, 3.0), (1e-30, 1e30)])
 def test_extreme_radii(eps: float, step_size: float, device: str) -> None:
     assert_same_bits(*both(*operands((13, 17), torch.float32, device), eps, step_size))
+
+
+@each_device
+def test_bfloat16_ties_round_to_even(device: str) -> None:
+    x = torch.arange(128, 256, device=device).div(256).bfloat16()  # neighbours in bfloat16
+    for sign in (-1.0, 1.0):
+        actual, expected = both(x, torch.full_like(x, sign), x, 1.0, 2**-9)  # half way to the next
+        assert_same_bits(actual, expected)
 
 
 def layouts(t: Tensor) -> dict[str, Tensor]:
@@ -249,6 +260,27 @@ def test_thread_count_changes_nothing() -> None:
         out = torch.empty_like(args[0])
         _C.pgd_step_cpu(*capsules(out, *args), EPS, STEP, threads)
         assert_same_bits(out, expected)
+
+
+def test_thread_pool_after_fork() -> None:
+    args = operands((200_003,), torch.float32, "cpu")
+    out, in_child = torch.empty_like(args[0]), torch.empty_like(args[0])
+    _C.pgd_step_cpu(*capsules(out, *args), EPS, STEP, 2)  # the parent has its workers now
+    handed_over, expected = capsules(in_child, *args), out.numpy().tobytes()
+    child = os.fork()
+    if child == 0:  # no torch op here: its own OpenMP threads did not survive either
+        _C.pgd_step_cpu(*handed_over, EPS, STEP, 2)
+        same, threads = in_child.numpy().tobytes() == expected, len(os.listdir("/proc/self/task"))
+        os._exit(0 if same and threads == 2 else 1)  # a fork copies one thread; the other is the new pool's worker
+    for _ in range(200):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            assert status == 0
+            return
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    pytest.fail("the child hangs")
 
 
 @pytest.mark.gpu

@@ -1,0 +1,46 @@
+"""How often a classifier is right, under an attack or without one, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from puat_fast.networks.layers import eval_mode
+
+Attack = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
+"""attack(model, x, y, seed) -> x_adv; the seed differs from batch to batch."""
+
+
+def correct(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    attack: Attack | None = None,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Tensor:
+    """For each image, whether argmax model(attack(x)) == y: bool N, on the CPU.
+
+    images: uint8 N x 3 x 32 x 32, used as u/255 in `dtype`; labels: int64 N. The model runs in eval mode on its own
+    device and gets its mode back. progress(done, total, accuracy so far) after each batch.
+    """
+    device = next(model.parameters()).device
+    right = torch.zeros(len(images), dtype=torch.bool)
+    with eval_mode(model):
+        for index, start in enumerate(range(0, len(images), batch_size)):
+            stop = start + batch_size
+            x = images[start:stop].to(device, dtype).div(255)
+            y = labels[start:stop].to(device)
+            if attack is not None:
+                x = attack(model, x, y, seed + index)
+            with torch.no_grad():
+                right[start:stop] = (model(x).argmax(1) == y).cpu()
+            if progress is not None:
+                done = min(stop, len(images))
+                progress(done, len(images), right[:done].double().mean().item())
+    return right

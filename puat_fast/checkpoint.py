@@ -1,0 +1,108 @@
+"""Checkpoints (all state, to resume) and classifiers (weights and what they need to run), safe to load."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from puat_fast import files
+from puat_fast.networks.classifier import Classifier
+from puat_fast.runlog import RunError
+
+CLASSIFIER_FILE = "classifier.safetensors"
+
+
+class CheckpointError(RunError):
+    """A checkpoint or classifier file is missing, broken or of another kind: names the file and what is wrong."""
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all."""
+    with files.atomic_write(path) as beside:
+        torch.save(state, beside)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; never runs code from it. Raises CheckpointError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: not a checkpoint that can be read: {reason}") from error
+    if not isinstance(state, dict) or "engine" not in state:
+        raise CheckpointError(f"{path}: not a checkpoint of puat-fast")
+    return state
+
+
+def save_classifier(path: Path, C: Classifier, dataset: str, class_names: Sequence[str], facts: dict[str, Any]) -> None:
+    """Write weights and buffers as safetensors, with what is needed to rebuild the network in the metadata.
+
+    facts: whatever else is worth knowing (method, epoch, validation accuracy), as JSON values.
+    """
+    mean, std = C.normalisation
+    metadata = {
+        "format": "puat-fast-classifier-1",
+        "arch": json.dumps({"name": "wrn-swish", "depth": C.depth, "width": C.width, "num_classes": C.num_classes}),
+        "mean": json.dumps(mean),
+        "std": json.dumps(std),
+        "dataset": dataset,
+        "class_names": json.dumps(list(class_names)),
+        "facts": json.dumps(facts),
+    }
+    tensors = {name: _published(tensor) for name, tensor in C.state_dict().items()}
+    with files.atomic_write(path) as beside:
+        safetensors.torch.save_file(tensors, beside, metadata)
+
+
+def _published(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.float() if tensor.is_floating_point() else tensor
+    return tensor.cpu().clone(memory_format=torch.contiguous_format)  # what safetensors takes
+
+
+def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> Classifier:
+    """The classifier of a run directory or of a .safetensors file, in eval mode, with frozen parameters.
+
+    Maps float images in [0,1], N x 3 x 32 x 32, to logits N x K. Raises CheckpointError.
+    """
+    file = classifier_file(path)
+    metadata = read_metadata(file)
+    arch = json.loads(metadata["arch"])
+    C = Classifier(
+        arch["num_classes"], arch["depth"], arch["width"], json.loads(metadata["mean"]), json.loads(metadata["std"])
+    )
+    try:
+        C.load_state_dict(safetensors.torch.load_file(file))
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{file}: weights do not fit: {str(error).splitlines()[0]}") from error
+    return C.to(device).eval().requires_grad_(False)
+
+
+def classifier_file(path: str | Path) -> Path:
+    """The classifier file of a run directory, or the file itself. Raises CheckpointError when it is not there."""
+    path = Path(path).expanduser()
+    file = path / CLASSIFIER_FILE if path.is_dir() else path
+    if not file.is_file():
+        hint = "; a run writes it with its first validation in stage 2" if path.is_dir() else ""
+        raise CheckpointError(f"{file}: no such classifier{hint}")
+    return file
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a classifier file. Raises CheckpointError for any other file."""
+    try:
+        with safetensors.safe_open(file, "pt") as handle:
+            metadata: dict[str, str] = handle.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{file}: not a safetensors file: {error}") from error
+    if metadata.get("format") != "puat-fast-classifier-1":
+        raise CheckpointError(f"{file}: not a classifier of puat-fast (no such metadata)")
+    return metadata

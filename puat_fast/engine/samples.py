@@ -1,0 +1,49 @@
+"""The picture of a run: real images, G(z,y) and UAEs in rows, with what C' says of each."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from puat_fast import objectives
+from puat_fast.config import Config
+from puat_fast.networks import Networks
+from puat_fast.networks.layers import eval_mode
+from puat_fast.noise import Noise
+from puat_fast.plots import ImageRow, verdicts
+
+SEED = 20240823  # of the latents: the same z in every picture of a run, so that progress shows
+
+
+@torch.no_grad()
+def sample_rows(
+    nets: Networks, config: Config, images: Tensor, labels: Tensor, per_class: int = 1, seed: int = SEED
+) -> list[ImageRow]:
+    """Three rows, per_class columns for each class: real, G(z,y), and P(G(A(z,y),y); G(z,y)) of the same z.
+
+    images: uint8 N x 3 x 32 x 32 to take the real ones from, labels: int64 N. All networks in eval mode; their state
+    and the noise of training are left alone.
+    """
+    parameter = next(nets.C.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    num_classes = nets.C.num_classes
+    chosen = torch.cat([torch.nonzero(labels == k)[:per_class, 0] for k in range(num_classes)])
+    real, y_real = images[chosen].to(device, dtype).div(255), labels[chosen]
+    y = torch.arange(num_classes, device=device).repeat_interleave(per_class)
+    z = Noise(seed, device, dtype).normal("z", (len(y), config.gan.z_dim))
+    with eval_mode(nets.G), eval_mode(nets.A), eval_mode(nets.C_ema):
+        x_g = nets.G(z, y)
+        x_uae = nets.G(nets.A(z, y), y)
+        if config.uae.project_eps is not None:
+            x_uae = objectives.project_linf(x_uae, x_g, config.uae.project_eps)
+        rows = []
+        for label, x, truth in (("real", real, y_real), ("G(z,y)", x_g, y), ("UAE", x_uae, y)):
+            captions, good = verdicts(truth.tolist(), nets.C_ema(x).argmax(1).tolist())
+            rows.append(ImageRow(label=label, images=_numpy(x), captions=captions, good=good))
+    return rows
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    array: np.ndarray = x.float().cpu().numpy()
+    return array

@@ -1,0 +1,321 @@
+"""A whole run: data, steps, validation, checkpoints, pictures. The steps themselves are engine/step.py's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from puat_fast import checkpoint, plots
+from puat_fast.attacks import accuracy
+from puat_fast.attacks.pgd import pgd
+from puat_fast.config import Config, ConfigError
+from puat_fast.data.batch import StepBatch
+from puat_fast.data.formats import Dataset, load_dataset
+from puat_fast.data.loaders.resident import ResidentLoader
+from puat_fast.data.sampler import LabelledSampler, SemiSupervisedSampler
+from puat_fast.data.splits import Split, split_indices
+from puat_fast.engine.samples import sample_rows
+from puat_fast.engine.signals import StopSignal
+from puat_fast.engine.stats import NonFiniteError
+from puat_fast.engine.step import Engine
+from puat_fast.networks import Networks
+from puat_fast.noise import Noise
+from puat_fast.runlog import RunLog
+
+__all__ = ["Loader", "NonFiniteError", "Run", "Trainer"]
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+# Streams of one seed must not repeat each other: these tell them apart.
+NOISE_STREAM, SAMPLER_STREAM, VALIDATION_STREAM = 1, 2, 3
+
+
+class Loader(Protocol):
+    """What the trainer takes its images from."""
+
+    def next_step(self, n_disc: int) -> StepBatch:
+        """The batches of one step with n_disc D updates."""
+        ...
+
+    def images_per_step(self, n_disc: int) -> int:
+        """How many images `next_step(n_disc)` holds, for the progress line."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands, as tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        ...
+
+
+@dataclass
+class Best:
+    """The best validation so far: ties go to the later epoch (spec 1.9)."""
+
+    robust_acc: float = -1.0
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What fit() returns. summary: accuracies of C' on test images: clean, pgd-8."""
+
+    path: Path
+    summary: dict[str, float]
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ConfigError for a CUDA device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def run_path(config: Config) -> Path:
+    """The run directory: `out`, or runs/<dataset>-<method>-<preset>-s<seed>."""
+    name = f"{config.dataset}-{config.method}-{config.preset}-s{config.seed}"
+    return Path(config.out).expanduser() if config.out else Path("runs") / name
+
+
+class Trainer:
+    """Trains by `config` and fills a run directory (design: README, "What a run writes").
+
+    resume: continue the run in the run directory, if there is one ("auto", or its path). The other arguments replace
+    parts of the trainer, for tests and experiments: see puat_fast.testing. Raises ConfigError, DataError, RunError.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        resume: str | None = None,
+        *,
+        dataset: Dataset | None = None,
+        loader: Loader | None = None,
+        noise: Noise | None = None,
+        networks: Callable[[Networks], None] | None = None,
+        on_step: Callable[[Mapping[str, list[Tensor]]], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.device, self.dtype = resolve_device(config.device), DTYPES[config.precision]
+        self.dataset = dataset if dataset is not None else load_dataset(config.dataset, config.data_dir)
+        train = self.dataset.train
+        self.split = split_indices(
+            train.labels, self.dataset.num_classes, config.data.n_labelled, config.seed, config.data.val_fraction
+        )
+        _check_split(self.split, config)
+        if noise is None:
+            noise = Noise(_stream(config.seed, NOISE_STREAM), self.device, self.dtype)
+        self.nets = Networks.build(config, self.dataset.num_classes, noise)
+        if networks is not None:
+            networks(self.nets)
+        self.engine = Engine(config, self.nets, noise, steps_per_epoch(config, self.split))
+        self.engine.on_step = on_step
+        self.given_loader, self.best = loader, Best()
+        self.loader = self._make_loader()
+        self.val = _tensors(train.images, train.labels, self.split.validation)
+        self.test = _tensors(self.dataset.test.images, self.dataset.test.labels, None)
+        path = Path(resume) if resume not in (None, "auto") and config.out is None else run_path(config)
+        self.log = RunLog(path, config, resume=resume is not None)
+        self.path = self.log.path
+
+    # -- the run ------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Run:
+        """Train to the end, or from where the run stood; returns the run directory and the final accuracies.
+
+        Ctrl-C and SIGTERM save after the current step and raise KeyboardInterrupt. Raises NonFiniteError naming phase,
+        term and step; the last good checkpoint is kept.
+        """
+        self._resume()
+        engine, E = self.engine, self.engine.steps_per_epoch
+        total = sum(self._epochs(stage) * E for stage in engine.method.stages)
+        done = engine.step_in_stage + (self._epochs(1) * E if engine.stage == 2 and 1 in engine.method.stages else 0)
+        with self.log, StopSignal() as stop:
+            self.log.start(total, done)
+            while True:
+                while engine.step_in_stage < engine.epochs * E:
+                    self._step()
+                    if engine.step_in_stage % E == 0:
+                        self._end_epoch()
+                    if stop.name:
+                        self._save("last")
+                        raise KeyboardInterrupt(f"stopped by {stop.name}, saved; --resume {self.path} continues")
+                if engine.stage == 2:
+                    break
+                engine.begin_stage2()
+                self.loader = self._make_loader()
+            return self._finish()
+
+    def _epochs(self, stage: int) -> int:
+        return self.config.pretrain.epochs if stage == 1 else self.config.schedule.epochs
+
+    def _step(self) -> None:
+        engine, E = self.engine, self.engine.steps_per_epoch
+        n_disc, epoch = engine.num_disc_batches(), engine.epoch
+        engine.step(self.loader.next_step(n_disc))
+        step = (engine.step_in_stage - 1) % E + 1
+        losses = engine.stats.read() if step % self.config.log.interval == 0 or step == E else None
+        self.log.step(stage=engine.stage, epoch=epoch, epochs=engine.epochs, step=step, steps=E,
+                      images=self.loader.images_per_step(n_disc), losses=losses)  # fmt: skip
+
+    def _end_epoch(self) -> None:
+        """Teacher's statistics, validation, metrics row, checkpoints, pictures."""
+        engine, c, epoch = self.engine, self.config, self.engine.epoch - 1
+        engine.end_epoch()
+        last = engine.step_in_stage == engine.epochs * engine.steps_per_epoch
+        row: dict[str, Any] = {"stage": engine.stage, "epoch": epoch, "step": engine.step_in_stage}
+        row |= self._scalars_of(epoch) | engine.stats.read()
+        engine.stats.reset()
+        row["test_clean_acc"] = self._accuracy(self.test)
+        if engine.stage == 2 and len(self.val[1]) and (epoch % c.val.every == 0 or last):
+            row["val_clean_acc"] = self._accuracy(self.val)
+            row["val_robust_acc"] = self._accuracy(self.val, robust=True)
+        is_best = engine.stage == 2 and self._is_best(row.get("val_robust_acc"), epoch)
+        row["best"] = int(is_best)
+        self.log.epoch(row)
+        if is_best:
+            self._save("best")
+            self._save_classifier(epoch, row.get("val_robust_acc"))
+        if epoch % c.log.checkpoint_every == 0 or last:
+            self._save("last")
+        if c.method == "puat" and (last or (c.log.sample_every and epoch % c.log.sample_every == 0)):
+            self._save_samples(f"stage{engine.stage}-epoch{epoch:03d}.png", epoch)
+        plots.save_curves(self.path / "curves.png", self.log.rows)
+
+    def _scalars_of(self, epoch: int) -> dict[str, float]:
+        """Schedule values of the epoch's last step."""
+        self.engine.step_in_stage -= 1
+        s = self.engine.scalars()
+        self.engine.step_in_stage += 1
+        return {"lr": s.lr, "momentum": s.momentum, "ema_decay": s.ema_decay, "adv_ramp": s.adv_ramp,
+                "consistency_weight": s.consistency_weight}  # fmt: skip
+
+    def _is_best(self, robust_acc: float | None, epoch: int) -> bool:
+        """`regular`, and runs without validation images, keep the last epoch."""
+        keeps_last = self.config.method == "regular" or not len(self.val[1])
+        if not keeps_last and (robust_acc is None or robust_acc < self.best.robust_acc):
+            return False
+        self.best = Best(-1.0 if robust_acc is None else robust_acc, epoch)
+        return True
+
+    def _finish(self) -> Run:
+        """Load the best classifier and measure it on test images."""
+        n = self.config.val.final_images
+        C = checkpoint.load_classifier(self.path, self.device).to(self.dtype)
+        images, labels = (t[:n] for t in self.test)
+        pgd8 = {"eps": 8 / 255, "step_size": 1 / 255, "num_steps": 20}  # Table IX
+        summary = {
+            "clean": accuracy.correct(C, images, labels, dtype=self.dtype).double().mean().item(),
+            "pgd-8": accuracy.correct(C, images, labels, _pgd(**pgd8), dtype=self.dtype).double().mean().item(),
+        }
+        self.log.message(
+            f"teacher of epoch {self.best.epoch} on {len(labels)} test images: natural accuracy "
+            f"{100 * summary['clean']:.2f} %, PGD-8/255 robust accuracy {100 * summary['pgd-8']:.2f} %"
+        )
+        return Run(self.path, summary)
+
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    def _make_loader(self) -> Loader:
+        """The loader of the engine's stage: stage 1 may train on the validation images too (spec 1.6)."""
+        if self.given_loader is not None:
+            return self.given_loader
+        c, stage = self.config, self.engine.stage
+        everything = stage == 1 and not c.pretrain.exclude_validation
+        labelled = self.split.labelled_all if everything else self.split.labelled
+        seed = _stream(c.seed, SAMPLER_STREAM + 10 * stage)
+        sampler: LabelledSampler | SemiSupervisedSampler
+        if c.method == "regular":
+            sampler = LabelledSampler(labelled, c.schedule.batch_size, seed)
+        else:
+            unlabelled = self.split.unlabelled if c.data.use_unlabelled else self.split.unlabelled[:0]
+            sampler = SemiSupervisedSampler(labelled, unlabelled, c.schedule.batch_size, seed)
+        return ResidentLoader(self.dataset.train.images, self.dataset.train.labels, sampler, self.device, self.dtype)
+
+    def _accuracy(self, data: tuple[Tensor, Tensor], robust: bool = False) -> float:
+        """Accuracy of C', under the validation attack if `robust`."""
+        attack = None
+        if robust:
+            loss, num_steps = {"cw-pgd-40": ("cw", 40), "ce-pgd-20": ("ce", 20)}[self.config.val.attack]
+            attack = _pgd(eps=8 / 255, step_size=self.config.val.step_size, num_steps=num_steps, loss=loss)
+        seed = _stream(self.config.seed, VALIDATION_STREAM)
+        right = accuracy.correct(self.nets.C_ema, *data, attack, seed=seed, dtype=self.dtype)
+        return right.double().mean().item()
+
+    def _save_samples(self, name: str, epoch: int) -> None:
+        rows = sample_rows(self.nets, self.config, *self.test)
+        title = f"{self.config.dataset}, stage {self.engine.stage}, epoch {epoch}: verdicts of C'"
+        plots.save_grid(self.path / "samples" / name, rows, title)
+
+    def _save_classifier(self, epoch: int, robust_acc: float | None) -> None:
+        c, file = self.config, self.path / checkpoint.CLASSIFIER_FILE
+        facts = {"method": c.method, "preset": c.preset, "epoch": epoch, "val_robust_acc": robust_acc}
+        checkpoint.save_classifier(file, self.nets.C_ema, c.dataset, self.dataset.class_names, facts)
+
+    def _save(self, name: str) -> None:
+        self.engine.stats.read()  # a loss that is not finite is an error, never a checkpoint
+        state = {
+            "engine": self.engine.state_dict(),
+            "loader": self.loader.state_dict(),
+            "best": {"robust_acc": self.best.robust_acc, "epoch": self.best.epoch},
+            "rows": len(self.log.rows),
+        }
+        checkpoint.save(self.path / "checkpoints" / f"{name}.pt", state)
+
+    def _resume(self) -> None:
+        file = self.path / "checkpoints" / "last.pt"
+        if not file.exists():
+            self.log.rewind(0)
+            return
+        state = checkpoint.load(file)
+        self.engine.load_state_dict(state["engine"])
+        self.loader = self._make_loader()
+        self.loader.load_state_dict(state["loader"])
+        self.best = Best(**state["best"])
+        self.log.rewind(state["rows"])
+        self.log.message(f"resuming at stage {self.engine.stage}, step {self.engine.step_in_stage} of the stage")
+
+
+def steps_per_epoch(config: Config, split: Split) -> int:
+    """E = epoch_multiplier * ceil(N / (2 batch_size)), N = labelled + unlabelled images (spec 1.6)."""
+    s = config.schedule
+    if s.steps_per_epoch is not None:
+        return s.steps_per_epoch
+    N = len(split.labelled_all) + (len(split.unlabelled) if config.data.use_unlabelled else 0)
+    return s.epoch_multiplier * math.ceil(N / (2 * s.batch_size))
+
+
+def _check_split(split: Split, config: Config) -> None:
+    """Labels without which nothing can be trained. Raises ConfigError."""
+    if not len(split.labelled):
+        raise ConfigError(f"data.val_fraction: {config.data.val_fraction} leaves no labelled image to train on")
+    if config.method == "puat" and config.data.use_unlabelled and not len(split.unlabelled):
+        raise ConfigError(
+            f"data.n_labelled: {config.data.n_labelled} leaves no unlabelled image; "
+            "set data.use_unlabelled false to train without"
+        )
+
+
+def _stream(seed: int, stream: int) -> int:
+    return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0])
+
+
+def _tensors(images: np.ndarray, labels: np.ndarray, index: np.ndarray | None) -> tuple[Tensor, Tensor]:
+    if index is not None:
+        images, labels = images[index], labels[index]
+    return torch.tensor(images), torch.tensor(labels)
+
+
+def _pgd(**settings: Any) -> accuracy.Attack:
+    return lambda model, x, y, seed: pgd(model, x, y, seed=seed, **settings)

@@ -1,0 +1,94 @@
+"""Accuracy of a trained classifier under named attacks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from puat_fast import checkpoint
+from puat_fast.attacks import accuracy
+from puat_fast.attacks.pgd import pgd
+from puat_fast.config import Config, ConfigError
+from puat_fast.data.formats import load_dataset
+from puat_fast.engine.trainer import resolve_device
+from puat_fast.evaluation.names import AttackSpec, parse_attack
+
+Progress = Callable[[str, int, int, float], None]
+"""progress(attack name, images done, images in all, accuracy so far)."""
+
+
+def evaluate_run(
+    path: Path,
+    attacks: list[str],
+    *,
+    n: int | None,
+    batch_size: int,
+    seed: int,
+    device: str,
+    dataset: str | None,
+    data_dir: str | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Evaluate the classifier of a run directory or file on the first n test images (None: all).
+
+    dataset and data_dir default to the run's own. Returns run, dataset, n, seed and, per attack, accuracy, correct,
+    n, eps, step_size, num_steps, seconds. Raises ConfigError, DataError, CheckpointError.
+    """
+    specs = [parse_attack(name) for name in attacks]
+    metadata = checkpoint.read_metadata(checkpoint.classifier_file(path))
+    C = checkpoint.load_classifier(path, resolve_device(device))
+    config_file = path / "config.yaml"
+    if data_dir is None and config_file.exists():
+        data_dir = Config.load(config_file).data_dir
+    data = load_dataset(dataset or metadata["dataset"], data_dir)
+    if data.num_classes != C.num_classes:
+        raise ConfigError(f"dataset: {data.name} has {data.num_classes} classes, the classifier {C.num_classes}")
+    images, labels = torch.tensor(data.test.images)[:n], torch.tensor(data.test.labels)[:n]
+    settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
+    results = {spec.name: evaluate(C, images, labels, spec, **settings) for spec in specs}
+    return {"run": str(path), "dataset": data.name, "n": len(labels), "seed": seed, "attacks": results}
+
+
+def evaluate(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    spec: AttackSpec,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Accuracy of any classifier under one attack.
+
+    images: uint8 N x 3 x 32 x 32, labels: int64 N; model: images in [0,1] -> logits.
+    """
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        return pgd(model, x, y, eps=spec.eps, step_size=spec.step_size, num_steps=spec.num_steps, seed=seed)
+
+    start = time.perf_counter()
+    right = accuracy.correct(
+        model,
+        images,
+        labels,
+        None if spec.kind == "clean" else attack,
+        batch_size=batch_size,
+        seed=seed,
+        progress=None if progress is None else partial(progress, spec.name),
+    )
+    return {
+        "accuracy": right.double().mean().item(),
+        "correct": int(right.sum()),
+        "n": len(right),
+        "eps": spec.eps,
+        "step_size": spec.step_size,
+        "num_steps": spec.num_steps,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
