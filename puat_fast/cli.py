@@ -24,9 +24,9 @@ from puat_fast.runlog import ProgressLine, RunError
 EVAL_KEYS = """\
 keys of the JSON file:
   run, dataset  what was evaluated, and on what
-  n             number of test images
-  attacks       name of each -> accuracy (0 to 1), wilson95: its 95 % interval [low, high],
-                correct, n, seconds"""
+  n, seed       number of test images, seed of the attacks
+  attacks       name of each -> accuracy (0 to 1), wilson95: its 95 % interval [low, high], correct, n, seconds,
+                eps, step_size (images are in [0, 1]), num_steps"""
 
 
 class _Parser(argparse.ArgumentParser):

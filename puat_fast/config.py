@@ -248,7 +248,7 @@ class Config:
 
     @classmethod
     def _from_preset(cls, name: str, **overrides: Any) -> Config:
-        """A preset with overrides, `Config.preset("paper", dataset="cifar10", loss={"gamma": 0.1})`. Raises ConfigError."""
+        """A preset with overrides: `Config.preset("paper", dataset="cifar10", seed=2)`. Raises ConfigError."""
         values = cls.preset_values(name, overrides.get("dataset", "digits"), overrides.get("method", "puat"))
         merge(values, overrides)
         return cls.from_dict(values)
@@ -298,7 +298,7 @@ class Config:
 
 # `Config.preset` is both the field that records the preset and the constructor `Config.preset("paper", ...)`:
 # the field lives on instances, the constructor on the class.
-Config.preset = Config._from_preset  # type: ignore[assignment, method-assign]
+Config.preset = Config._from_preset  # type: ignore[assignment]
 
 _INF = math.inf
 _RANGES: tuple[tuple[str, float, float], ...] = (

@@ -6,7 +6,10 @@ import math
 
 
 def sigmoid_ramp(t: float, start: float, end: float) -> float:
-    """s(t; start, end): 0 before start, 1 if start >= end, else exp(-5 (1 - clip(r, 0, 1))^2), r = (t-start)/(end-start)."""
+    """s(t; start, end) = exp(-5 (1 - clip((t - start) / (end - start), 0, 1))^2).
+
+    0 for t < start; 1 from start on if start >= end.
+    """
     if t < start:
         return 0.0
     if start >= end:

@@ -29,7 +29,7 @@ class Puat:
         self.config, self.noise, self.report = config, noise, report
         self.G, self.D, self.C, self.A, self.C_ema = nets.G, nets.D, nets.C, nets.A, nets.C_ema
         self.z_shared: Tensor | None = None  # the z of the G update, for uae.share_z
-        self.stages = (1, 2) if config.pretrain.epochs else (2,)
+        self.stages: tuple[int, ...] = (1, 2) if config.pretrain.epochs else (2,)
 
     def phases(self, stage: int, epoch: int) -> list[Phase]:
         """Stage 1: C, from gan_start on also D and G; stage 2: all four, in `schedule.order`."""
@@ -52,7 +52,7 @@ class Puat:
     # -- D: eqs 7, 8, 11 ----------------------------------------------------------------------------------------
 
     def discriminator(self, batch: StepBatch, s: Scalars, k: int) -> Iterator[Tensor]:
-        """L_D = mean relu(1 - D(x_r,y_r)) + 1/2 mean relu(1 + D(G(z,y_l),y_l)) + 1/2 mean sum_k p relu(1 + D(x_u,k))."""
+        """L_D = mean relu(1 - D(x_r,y_r)) + 1/2 mean relu(1 + D(x_g,y_l)) + 1/2 mean sum_k p relu(1 + D(x_u,k))."""
         b = batch.D[k]
         with torch.no_grad(), eval_mode(self.C):
             x_r, y_r = self._real_for_d(b)

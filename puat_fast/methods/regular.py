@@ -17,7 +17,7 @@ from puat_fast.noise import Noise
 class Regular:
     """Standard training of C; one stage, the last epoch is evaluated."""
 
-    stages = (2,)
+    stages: tuple[int, ...] = (2,)
 
     def __init__(self, config: Config, nets: Networks, noise: Noise, report: Report) -> None:
         self.config, self.C, self.C_ema, self.report = config, nets.C, nets.C_ema, report

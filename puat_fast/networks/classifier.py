@@ -92,7 +92,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.logits.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # from the numbers again: a float32 mean cast to float64 would be 1e-8 off
         for name, values in zip(("mean", "std"), self.normalisation, strict=True):
             setattr(self, name, getattr(self, name).new_tensor(values).view(1, 3, 1, 1))
