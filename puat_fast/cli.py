@@ -13,14 +13,17 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from puat_fast import __version__, files, info
-from puat_fast.config import DATASETS, ConfigError
+from puat_fast.config import Config, ConfigError, option_types
 from puat_fast.evaluation.names import ACCEPTED, AttackSpec, parse_attacks
-from puat_fast.options import add_config_flags, resolve_config
+from puat_fast.options import ConfigParser, parse_options
 from puat_fast.runlog import ProgressLine, RunError
 
+DATASETS = get_args(option_types()["dataset"])
+TRAIN = "train a classifier; without options: the embedded digits"
+DEBUG = "on an error, show where it happened"
 EVAL_KEYS = """\
 keys of the JSON file:
   run, dataset  what was evaluated, and on what
@@ -29,14 +32,16 @@ keys of the JSON file:
                 eps, step_size (images are in [0, 1]), num_steps"""
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog, max_help_position=42, **kwargs)
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose errors are ConfigErrors, told by main in one line."""
 
     def __init__(self, **kwargs: Any) -> None:
-        def formatter(prog: str) -> argparse.HelpFormatter:
-            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=42)
-
-        super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -50,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        parser, verbs = _parser()
-        options = parser.parse_args(_spelled(argv, verbs))
-        code: int = options.run(options)
+        code = _train(argv[1:]) if argv[:1] == ["train"] else _run_verb(argv)
         sys.stdout.flush()
         return code
     except SystemExit as stop:  # --help, --version
@@ -92,11 +95,9 @@ def _fail(argv: Sequence[str], message: str, code: int) -> int:
     return code
 
 
-def _spelled(argv: list[str], verbs: dict[str, argparse.ArgumentParser]) -> list[str]:
+def _spelled(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """The arguments, flags spelled as they are declared: - and _ are alike. Raises ConfigError for unknown flags."""
-    if not argv or argv[0] not in verbs:  # --help, --version, or a mistake that argparse tells
-        return argv
-    known = {flag.replace("-", "_"): flag for flag in verbs[argv[0]]._option_string_actions if flag.startswith("--")}
+    known = {flag.replace("-", "_"): flag for flag in parser._option_string_actions if flag.startswith("--")}
     spelled = []
     for token in argv:
         flag, equals, value = token.partition("=")
@@ -108,7 +109,8 @@ def _spelled(argv: list[str], verbs: dict[str, argparse.ArgumentParser]) -> list
     return spelled
 
 
-def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _run_verb(argv: Sequence[str]) -> int:
+    """Run any verb but train, which has a parser of its own; also --help, --version, and no verb."""
     parser = _Parser(
         prog="puat-fast",
         description="Train image classifiers that withstand restricted and unrestricted adversarial examples (PUAT).",
@@ -117,9 +119,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     parser.add_argument("--version", action="version", version=f"puat-fast {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, title="verbs")
-    for add in (_add_train, _add_eval, _add_generate, _add_info):
+    verbs.add_parser("train", help=TRAIN)
+    for add in (_add_eval, _add_generate, _add_info):
         add(verbs)
-    return parser, dict(verbs.choices)
+    if argv and argv[0] in verbs.choices:
+        argv = [argv[0], *_spelled(argv[1:], verbs.choices[argv[0]])]
+    options = parser.parse_args(argv)
+    code: int = options.run(options)
+    return code
 
 
 def _add_verb(
@@ -128,7 +135,7 @@ def _add_verb(
     parser: argparse.ArgumentParser = verbs.add_parser(
         name, help=text, description=text, usage=f"puat-fast {name} {usage}", epilog=epilog
     )
-    parser.add_argument("--debug", action="store_true", help="on an error, show where it happened")
+    parser.add_argument("--debug", action="store_true", help=DEBUG)
     parser.set_defaults(run=run)
     return parser
 
@@ -136,23 +143,25 @@ def _add_verb(
 # train
 
 
-def _add_train(verbs: Any) -> None:
-    parser = _add_verb(
-        verbs, "train", _train, "train a classifier; without options: the embedded digits", "[--config FILE] [options]",
-        "Every option is also a key of the YAML file. Later wins: the preset with its sections for dataset and\n"
-        "method, the YAML file, the flags. The defaults above are the paper's for CIFAR-10; --print-config tells\n"
-        "what holds for yours. Numbers may be written as fractions: 8/255.",
+def _train_parser(defaults: Config) -> ConfigParser:
+    parser = ConfigParser(
+        defaults, prog="puat-fast train", usage="puat-fast train [--config FILE] [options]", description=TRAIN,
+        formatter_class=_Formatter,
+        epilog="Every option is also a key of the YAML file; - and _ are alike in flags. Later wins: the preset with\n"
+        "its sections for dataset and method, the YAML file, the flags. The defaults above are those of the preset,\n"
+        "dataset and method that you named. Numbers may be written as fractions: 8/255.",
     )  # fmt: skip
-    parser.add_argument("-c", "--config", metavar="FILE", type=Path, help="YAML file of options")
+    parser.add_argument("--debug", action="store_true", help=DEBUG)
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options")
     parser.add_argument(
         "--resume", metavar="auto|DIR", help="auto: continue the run at --out, if there is one; DIR: continue that run"
     )
     parser.add_argument("--print-config", action="store_true", help="print all options as YAML, and exit")
-    add_config_flags(parser)
+    return parser
 
 
-def _train(options: argparse.Namespace) -> int:
-    config = resolve_config(options.given, options.config, options.resume)
+def _train(argv: Sequence[str]) -> int:
+    config, options = parse_options(_spelled(argv, _train_parser(Config())), _train_parser)
     if options.print_config:
         print(files.dump_yaml(config.to_dict()), end="")
         return 0

@@ -8,9 +8,13 @@ written as fractions: `8/255`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import math
+import operator
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -20,9 +24,6 @@ from typing import Any, Literal
 import yaml
 
 PRESET_DIR = Path(__file__).parent / "presets"
-DATASETS = ("digits", "cifar10", "cifar100")
-METHODS = ("puat", "regular")
-PRESETS = ("paper", "official-v1")
 
 
 class ConfigError(ValueError):
@@ -36,7 +37,7 @@ class DataConfig:
     n_labelled: int = 4000  # number of labelled training images, a multiple of the number of classes
     val_fraction: float = 0.2  # part of the labelled images that is held out for early stopping
     mean: tuple[float, float, float] = (0.4914, 0.4822, 0.4465)  # normalisation inside C: (x - mean) / std
-    std: tuple[float, float, float] = (0.2023, 0.1994, 0.2010)
+    std: tuple[float, float, float] = (0.2023, 0.1994, 0.2010)  # of the same formula, above 0
     mix_frac: float = 0.9  # f: part of the mixed batch and of D's real batch that is pseudo-labelled
     use_unlabelled: bool = True  # false: PUAT without unlabelled data (x_u := x_l)
 
@@ -46,7 +47,7 @@ class ClassifierConfig:
     """C: WRN-depth-width with SiLU."""
 
     depth: int = 28  # 6 n + 4
-    width: int = 10
+    width: int = 10  # widening factor: 16, 32 and 64 channels times this
 
 
 @dataclass(kw_only=True)
@@ -54,9 +55,9 @@ class GanConfig:
     """G and D, and the Adam that trains G, D and A."""
 
     width: int = 256  # channels of G and D
-    z_dim: int = 256
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.0, 0.99)
+    z_dim: int = 256  # entries of the noise vector z
+    lr: float = 1e-4  # learning rate of the Adam of G, D and A
+    betas: tuple[float, float] = (0.0, 0.99)  # decay rates of that Adam's two moments, each 0 to below 1
     sn_per_class_lookup: bool = False  # official-v1: D(x, all) does K power iterations on the class embedding
 
 
@@ -64,7 +65,7 @@ class GanConfig:
 class AttackerConfig:
     """A: z_a = z + clip * tanh(.)."""
 
-    clip: float = 0.1
+    clip: float = 0.1  # how far an entry of z_a may be from that of z
     eval_after_first_epoch: bool = False  # official-v1 (bug): A stays in eval mode after epoch 1 of stage 2
 
 
@@ -72,9 +73,9 @@ class AttackerConfig:
 class AttackConfig:
     """The L-inf PGD that makes the restricted adversarial examples (RAE) in training."""
 
-    eps: float = 8 / 255
-    step_size: float = 2 / 255
-    num_steps: int = 10
+    eps: float = 8 / 255  # radius of the L-inf ball; images are in [0, 1]
+    step_size: float = 2 / 255  # length of a step, in the same unit
+    num_steps: int = 10  # number of steps
 
 
 @dataclass(kw_only=True)
@@ -111,7 +112,7 @@ class LossConfig:
     rae_weight: float = 6.0  # beta: weight of the RAE term
     rae_weight_mode: Literal["additive", "lambda_times"] = "additive"  # beta, or lambda * beta as in official-v1
     gamma: float = 0.03  # weight of the D term
-    consistency_weight: float = 50.0  # alpha
+    consistency_weight: float = 50.0  # alpha: weight of the consistency term
     label_smoothing: float = 0.1  # of C's losses; attacks use none
 
 
@@ -120,16 +121,16 @@ class ConsistencyConfig:
     """Mean-teacher consistency (eq 13)."""
 
     reduce: Literal["mean", "sum"] = "mean"  # over the classes
-    source: Literal["mixed", "unlabelled"] = "mixed"
+    source: Literal["mixed", "unlabelled"] = "mixed"  # images compared: the mixed batch x_m, or x_u
 
 
 @dataclass(kw_only=True)
 class AugmentConfig:
     """C's own augmentation, drawn anew in each of its train-mode forwards."""
 
-    crop_pad: int = 4
-    flip: bool = True
-    rotate_deg: float = 0.0
+    crop_pad: int = 4  # pixels of zero padding before the random 32 x 32 crop; 0: no crop
+    flip: bool = True  # mirror left and right with probability 1/2
+    rotate_deg: float = 0.0  # rotate by an angle from [-rotate_deg, rotate_deg] degrees; 0: no rotation
     scope: Literal["image", "batch"] = "image"  # one draw per image, or one for the whole batch
 
 
@@ -137,25 +138,25 @@ class AugmentConfig:
 class ScheduleConfig:
     """Stage 2, and what both stages share."""
 
-    epochs: int = 100
+    epochs: int = 100  # epochs of stage 2
     batch_size: int = 256  # labelled images per batch; as many unlabelled ones
     n_disc: int = 5  # D updates per step
     order: str = "DGAC"  # order of the updates in a step (paper, Algorithm 1: DACG)
     epoch_multiplier: int = 2  # steps per epoch = epoch_multiplier * ceil(N / (2 batch_size))
     steps_per_epoch: int | None = None  # overrides the line above
-    adv_start: float = 0.0  # r(t) ramps from epoch adv_start to adv_end
-    adv_end: float = 10.0
+    adv_start: float = 0.0  # stage-2 epoch from which r(t), the factor of the adversarial terms, rises from 0
+    adv_end: float = 10.0  # epoch at which r(t) reaches 1
 
 
 @dataclass(kw_only=True)
 class PretrainConfig:
     """Stage 1: mean teacher for C, from gan_start on also D and G."""
 
-    epochs: int = 100
+    epochs: int = 100  # epochs of stage 1; 0: none
     gan_start: int = 11  # first epoch in which D and G are trained
     consistency_ramp: float = 30.0  # epochs over which alpha ramps up
     ema_decay: float = 0.99  # teacher decay up to the end of the ramp
-    ema_decay_after: float = 0.999
+    ema_decay_after: float = 0.999  # teacher decay after it
     exclude_validation: bool = True  # official-v1 trains stage 1 on the validation images too
 
 
@@ -163,11 +164,11 @@ class PretrainConfig:
 class OptimConfig:
     """SGD with Nesterov momentum for C, one-cycle per epoch (spec 1.7)."""
 
-    lr: float = 0.2
+    lr: float = 0.2  # highest learning rate of the cycle
     momentum: float = 0.9  # used when cycle_momentum is false
     cycle_momentum: bool = True  # 0.95 - 0.85 - 0.95
-    pct_start: float = 0.025
-    weight_decay: float = 5e-4
+    pct_start: float = 0.025  # part of the epochs in which the learning rate rises
+    weight_decay: float = 5e-4  # added to the gradient as weight_decay * weight
     decay_bn: bool = False  # weight decay on BatchNorm gains and biases
 
 
@@ -185,8 +186,8 @@ class EmaConfig:
 class ValConfig:
     """Early stopping by robust accuracy of C' on the validation images."""
 
-    attack: Literal["cw-pgd-40", "ce-pgd-20"] = "cw-pgd-40"
-    step_size: float = 2 / 255
+    attack: Literal["cw-pgd-40", "ce-pgd-20"] = "cw-pgd-40"  # loss and number of steps of its PGD within 8/255
+    step_size: float = 2 / 255  # length of its steps; images are in [0, 1]
     every: int = 1  # epochs between two validations in stage 2; the last epoch is always validated
     final_images: int | None = 1000  # test images of the accuracies printed at the end of a run; null: all
 
@@ -204,14 +205,14 @@ class LogConfig:
 class Config:
     """All options of a run."""
 
-    preset: Literal["paper", "official-v1"] = "paper"
-    method: Literal["puat", "regular"] = "puat"
-    dataset: Literal["digits", "cifar10", "cifar100"] = "digits"
+    preset: Literal["paper", "official-v1"] = "paper"  # values to start from: the paper's, or the official code's
+    method: Literal["puat", "regular"] = "puat"  # PUAT, or the regular training of C alone
+    dataset: Literal["digits", "cifar10", "cifar100"] = "digits"  # digits comes with the package
     data_dir: str | None = None  # folder that holds the dataset's files or archive
     out: str | None = None  # run directory; null: runs/<dataset>-<method>-<preset>-s<seed>
     seed: int = 1  # of the split, of the initial weights and of training
     device: str = "auto"  # auto | cpu | cuda | cuda:N
-    precision: Literal["fp32", "fp64"] = "fp32"
+    precision: Literal["fp32", "fp64"] = "fp32"  # floating point numbers of networks and images
     data: DataConfig = field(default_factory=DataConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     gan: GanConfig = field(default_factory=GanConfig)
@@ -232,18 +233,14 @@ class Config:
 
     @classmethod
     def preset_values(cls, preset: str, dataset: str, method: str) -> dict[str, Any]:
-        """What a preset sets for a dataset and a method, as a nested dict. Raises ConfigError."""
-        for name, value, accepted in (
-            ("preset", preset, PRESETS), ("dataset", dataset, DATASETS), ("method", method, METHODS)
-        ):  # fmt: skip
-            if value not in accepted:
-                raise ConfigError(f"{name}: {value!r} is not one of {', '.join(accepted)}{_guess(value, accepted)}")
+        """What a preset sets for a dataset and a method, by dotted keys. Raises ConfigError."""
         values: dict[str, Any] = {"preset": preset, "dataset": dataset, "method": method}
-        names = ["paper"] if preset == "paper" else ["paper", preset]  # official-v1 is written as a difference
-        for name in names:
+        for key, value in values.items():
+            _convert(value, option_types()[key], key)
+        for name in ["paper"] if preset == "paper" else ["paper", preset]:  # official-v1 is written as a difference
             sections = yaml.safe_load((PRESET_DIR / f"{name}.yaml").read_text(encoding="utf-8"))
-            for section in (sections.get("all"), sections["datasets"].get(dataset), sections["methods"].get(method)):
-                merge(values, section or {})
+            for section in (sections["all"], sections["datasets"][dataset], sections["methods"][method]):
+                merge(values, section)
         return values
 
     @classmethod
@@ -256,7 +253,15 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
         """A Config from nested dicts (as read from YAML) or dotted keys; refuses unknown keys. Raises ConfigError."""
-        config = _build(cls, values, "")
+        config, kinds, given = cls(), option_types(), dict[str, Any]()
+        merge(given, values)
+        for key, value in given.items():
+            if key in _GROUPS:
+                raise ConfigError(f"{key}: is a group of options, not {value!r}")
+            if key not in kinds:
+                raise ConfigError(f"{key}: no such option{_guess(key, kinds)}")
+            group, _, name = key.rpartition(".")
+            setattr(config.get(group) if group else config, name, _convert(value, kinds[key], key))
         config.validate()
         return config
 
@@ -267,71 +272,66 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dict of every option: what config.yaml holds."""
-        return {k: list(v) if isinstance(v, tuple) else _plain(v) for k, v in dataclasses.asdict(self).items()}
+        return dataclasses.asdict(
+            self, dict_factory=lambda pairs: {k: list(v) if isinstance(v, tuple) else v for k, v in pairs}
+        )
 
     def validate(self) -> None:
         """Check ranges and combinations. Raises ConfigError naming key, value and what is accepted."""
-        for key, low, high in _RANGES:
-            value = self.get(key)
-            if value is not None and not (low <= value <= high and math.isfinite(value)):
-                raise ConfigError(f"{key}: {value:g} is out of range, accepted: {_span(low, high)}")
-        if (self.classifier.depth - 4) % 6:
-            raise ConfigError(f"classifier.depth: {self.classifier.depth} is not 6 n + 4 (10, 16, 22, 28, ...)")
-        if sorted(self.schedule.order) != sorted("DGAC"):
-            raise ConfigError(f"schedule.order: {self.schedule.order!r} is not an order of the letters D, G, A, C")
-        for key in ("data.mean", "data.std"):
-            if not all(math.isfinite(v) for v in self.get(key)) or (key == "data.std" and min(self.get(key)) <= 0):
-                raise ConfigError(f"{key}: {self.get(key)} must be three finite numbers, std above 0")
-        if self.uae.share_z and self.schedule.order.index("G") > min(map(self.schedule.order.index, "AC")):
-            raise ConfigError(f"uae.share_z: needs G before A and C in schedule.order, not {self.schedule.order!r}")
-        device, _, index = self.device.partition(":")
-        if device not in ("auto", "cpu", "cuda") or (index and (device != "cuda" or not index.isdigit())):
-            raise ConfigError(f"device: {self.device!r} is not one of auto, cpu, cuda, cuda:N")
+        for (low, high), keys in _RANGES.items():
+            for key in keys.split():
+                value = self.get(key)
+                if value is not None and not (low <= value <= high and math.isfinite(value)):
+                    span = f">= {low}" if high == math.inf else f"{low} to {high}"
+                    raise ConfigError(f"{key}: {value:g} is out of range, accepted: {span}")
+        order = self.schedule.order
+        for key, good, accepted in (
+            ("data.mean", all(map(math.isfinite, self.data.mean)), "three finite numbers"),
+            ("data.std", all(0 < v < math.inf for v in self.data.std), "three finite numbers above 0"),
+            ("classifier.depth", self.classifier.depth % 6 == 4, "6 n + 4: 10, 16, 22, 28, ..."),
+            ("gan.betas", all(0 <= beta < 1 for beta in self.gan.betas), "two numbers from 0 to below 1"),
+            ("schedule.order", sorted(order) == sorted("DGAC"), "an order of the letters D, G, A, C"),
+            ("uae.share_z", not self.uae.share_z or order.find("G") < min(map(order.find, "AC")),
+             f"false, or a schedule.order with G before A and C, not {order}"),
+            ("device", re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device), "auto, cpu, cuda, cuda:N"),
+        ):  # fmt: skip
+            if not good:
+                raise ConfigError(f"{key}: {self.get(key)!r} is not accepted; accepted: {accepted}")
 
     def get(self, key: str) -> Any:
         """The value of a dotted key, e.g. `loss.gamma`."""
-        value: Any = self
-        for part in key.split("."):
-            value = getattr(value, part)
-        return value
+        return operator.attrgetter(key)(self)
 
 
-# `Config.preset` is both the field that records the preset and the constructor `Config.preset("paper", ...)`:
-# the field lives on instances, the constructor on the class.
+# On the class the constructor `Config.preset("paper", ...)`; on instances the field that records the preset's name.
 Config.preset = Config._from_preset  # type: ignore[assignment]
 
-_INF = math.inf
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("seed", 0, 2**31 - 1),
-    ("data.n_labelled", 1, _INF), ("data.val_fraction", 0, 0.9), ("data.mix_frac", 0, 1),
-    ("classifier.depth", 10, _INF), ("classifier.width", 1, _INF),
-    ("gan.width", 1, _INF), ("gan.z_dim", 1, _INF), ("gan.lr", 0, _INF),
-    ("attacker.clip", 0, _INF),
-    ("attack.eps", 0, 1), ("attack.step_size", 0, 1), ("attack.num_steps", 0, _INF),
-    ("uae.project_eps", 0, 1),
-    ("loss.uae_weight", 0, _INF), ("loss.rae_weight", 0, _INF), ("loss.gamma", 0, _INF),
-    ("loss.consistency_weight", 0, _INF), ("loss.label_smoothing", 0, 1),
-    ("augment.crop_pad", 0, 16), ("augment.rotate_deg", 0, 180),
-    ("schedule.epochs", 1, _INF), ("schedule.batch_size", 2, _INF), ("schedule.n_disc", 1, _INF),
-    ("schedule.epoch_multiplier", 1, _INF), ("schedule.steps_per_epoch", 1, _INF),
-    ("schedule.adv_start", 0, _INF), ("schedule.adv_end", 0, _INF),
-    ("pretrain.epochs", 0, _INF), ("pretrain.gan_start", 1, _INF), ("pretrain.consistency_ramp", 0, _INF),
-    ("pretrain.ema_decay", 0, 1), ("pretrain.ema_decay_after", 0, 1),
-    ("optim.lr", 0, _INF), ("optim.momentum", 0, 1), ("optim.pct_start", 0, 1), ("optim.weight_decay", 0, _INF),
-    ("ema.decay", 0, 1), ("ema.warmup_images", 1, _INF),
-    ("val.step_size", 0, 1), ("val.every", 1, _INF),
-    ("log.interval", 1, _INF), ("log.sample_every", 0, _INF), ("log.checkpoint_every", 1, _INF),
-)  # fmt: skip
+_GROUPS = [name for name, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)]
+_RANGES = {
+    (0, 2**31 - 1): "seed",
+    (0, 1): "data.mix_frac attack.eps attack.step_size uae.project_eps loss.label_smoothing pretrain.ema_decay"
+    " pretrain.ema_decay_after optim.momentum optim.pct_start ema.decay val.step_size",
+    (0, 0.9): "data.val_fraction",
+    (0, 16): "augment.crop_pad",
+    (0, 180): "augment.rotate_deg",
+    (0, math.inf): "gan.lr attacker.clip attack.num_steps loss.uae_weight loss.rae_weight loss.gamma"
+    " loss.consistency_weight schedule.adv_start schedule.adv_end pretrain.epochs pretrain.consistency_ramp optim.lr"
+    " optim.weight_decay log.sample_every log.checkpoint_every",
+    (1, math.inf): "data.n_labelled classifier.width gan.width gan.z_dim schedule.epochs schedule.n_disc"
+    " schedule.epoch_multiplier schedule.steps_per_epoch pretrain.gan_start ema.warmup_images val.every"
+    " val.final_images log.interval",
+    (2, math.inf): "schedule.batch_size",
+    (10, math.inf): "classifier.depth",
+}
+_KINDS = {bool: "true or false", int: "an integer", float: "a number such as 0.1 or 8/255", str: "a text"}
 
 
 def number(text: str | float) -> float:
-    """A float from 0.1, '0.1' or '8/255'. Raises ValueError."""
-    if isinstance(text, str) and "/" in text:
-        above, _, below = text.partition("/")
-        if float(below) == 0:
-            raise ValueError(f"{text!r} divides by zero")
-        return float(above) / float(below)
-    return float(text)
+    """A float from 0.1, '0.1' or '8/255'. Raises ValueError, TypeError, ZeroDivisionError."""
+    if isinstance(text, bool):  # which float would take for 0 or 1
+        raise ValueError(f"{text!r} is not a number")
+    above, slash, below = str(text).partition("/")
+    return float(above) / float(below) if slash else float(text)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -347,37 +347,28 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def merge(values: dict[str, Any], update: dict[str, Any]) -> None:
-    """Write nested or dotted keys of `update` over `values`, in place."""
+def merge(values: dict[str, Any], update: dict[str, Any], path: str = "") -> None:
+    """Write nested or dotted keys of `update` over `values`, in place, as dotted keys.
+
+    A group that holds nothing, as one of a YAML file whose lines are all comments, changes nothing.
+    """
     for key, value in update.items():
-        head, _, rest = key.partition(".") if isinstance(key, str) else (key, "", "")
+        name = f"{path}{key}"
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = dataclasses.asdict(value)
-        if rest or isinstance(value, dict):
-            child = values.setdefault(head, {})
-            if not isinstance(child, dict):
-                raise ConfigError(f"{key}: {head} is a single value, not a group")
-            merge(child, {rest: value} if rest else value)
-        else:
-            values[head] = value
+        if isinstance(value, dict) and value:
+            merge(values, value, f"{name}.")
+        elif value not in (None, {}) or name not in _GROUPS:
+            values[name] = value
 
 
-def _build(cls: type, values: dict[str, Any], path: str) -> Any:
-    nested: dict[str, Any] = {}
-    merge(nested, values)
-    hints = typing.get_type_hints(cls)
-    arguments = {}
-    for key, value in nested.items():
-        name = f"{path}{key}"
-        if key not in hints:
-            raise ConfigError(f"{name}: no such option{_guess(str(key), hints)}")
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{name}: is a group of options, not {value!r}")
-            arguments[key] = _build(typing.cast(type, hints[key]), value, f"{name}.")
-        else:
-            arguments[key] = _convert(value, hints[key], name)
-    return cls(**arguments)
+@functools.cache
+def option_types() -> dict[str, Any]:
+    """The type of every option, by its dotted key."""
+    found = typing.get_type_hints(Config)
+    for name in _GROUPS:
+        found |= {f"{name}.{key}": hint for key, hint in typing.get_type_hints(found.pop(name)).items()}
+    return found
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
@@ -393,32 +384,16 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
             raise ConfigError(f"{name}: {value!r} is not a list of {len(arguments)} numbers")
         return tuple(_convert(v, h, name) for v, h in zip(value, arguments, strict=True))
-    try:
-        if hint is bool and not isinstance(value, bool):
-            raise ValueError
-        if hint is int and (isinstance(value, bool) or int(value) != float(value)):
-            raise ValueError
-        if hint is float and isinstance(value, bool):
-            raise ValueError
-        if hint is str and not isinstance(value, str):
-            raise ValueError
-        converted = number(value) if hint is float else hint(value)
-    except (ValueError, TypeError, OverflowError):
-        kind = {bool: "true or false", int: "a whole number", float: "a number such as 0.1 or 8/255", str: "a text"}
-        raise ConfigError(f"{name}: {value!r} is not {kind[hint]}") from None
-    return converted
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
-    return value
+    with contextlib.suppress(ValueError, TypeError, ZeroDivisionError):
+        if hint is float:
+            return number(value)
+        if hint is int and isinstance(value, str):
+            return int(value)
+        if type(value) is hint:
+            return value
+    raise ConfigError(f"{name}: {value!r} is not {_KINDS[hint]}")
 
 
 def _guess(value: str, accepted: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(value, list(accepted), n=1)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def _span(low: float, high: float) -> str:
-    return f">= {low:g}" if high == _INF else f"{low:g} to {high:g}"

@@ -1,80 +1,120 @@
-"""The fields of Config as command line flags: their names and help texts, and what is given, resolved to a Config.
+"""The options of `puat-fast train`: flags and YAML file, parsed and typed by jsonargparse from the fields of Config.
 
-argparse names the flags, and keeps their texts; Config converts, checks and suggests, for flags, YAML and Python
-alike. (jsonargparse would convert and check a second time, by other rules: no 8/255, no suggestions, and defaults of
-its own between the preset's and the user's.)
+Config is the place of what jsonargparse does not know: the presets, the ranges, and how a mistake is told.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
 import io
+import re
 import tokenize
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
+import jsonargparse
 import yaml
+from jsonargparse.typing import register_type
 
 from puat_fast import config as config_module
-from puat_fast.config import Config, ConfigError, merge, read_yaml
+from puat_fast.config import Config, ConfigError, merge, number, read_yaml
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every field of Config; what the user gives is a list of (dotted key, text) in `given`."""
-    comments = _comments()
-    _add_flags(parser.add_argument_group("run"), Config, "", comments)
-    for name, group in typing.get_type_hints(Config).items():
-        if dataclasses.is_dataclass(group):
-            title = f"{name}: {inspect.getdoc(group)}".rstrip(".")
-            _add_flags(parser.add_argument_group(title), typing.cast(type, group), f"{name}.", comments)
+class _Number:
+    """Stands for float, which jsonargparse would not let be written as 8/255."""
 
 
-def resolve_config(given: Sequence[tuple[str, str]], file: Path | None = None, resume: str | None = None) -> Config:
-    """The Config of a `train` command: preset, then the YAML file, then the flags. Raises ConfigError.
+def _read_number(value: Any) -> float:
+    try:
+        return number(value)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"Got value: {value}") from error  # jsonargparse's way to tell it, which `error` reads
 
-    Args:
-        given: dotted keys and texts of the flags, in the order given
-        file: YAML file of options
-        resume: "auto" is the Trainer's; a run directory: its config.yaml takes the place of the preset
+
+register_type(_Number, float, _read_number, type_check=lambda value, _: type(value) is float)
+
+
+class ConfigParser(jsonargparse.ArgumentParser):
+    """A parser with a flag for every option of Config. Its errors are ConfigErrors, in one line."""
+
+    def __init__(self, defaults: Config, **kwargs: Any) -> None:
+        super().__init__(print_config=None, allow_abbrev=False, **kwargs)
+        comments = _comments()
+        group = self.add_argument_group("run")
+        # The same types, but for the numbers: where the annotations say float, _Number is found.
+        for name, hint in typing.get_type_hints(Config, localns={"float": _Number}).items():
+            if dataclasses.is_dataclass(hint):
+                cls = typing.cast(type, hint)
+                inner = self.add_argument_group(f"{name}: {inspect.getdoc(cls)}".rstrip("."))
+                for key, kind in typing.get_type_hints(cls, localns={"float": _Number}).items():
+                    _add_flag(inner, f"{name}.{key}", kind, defaults, comments[f"{cls.__name__}.{key}"])
+            else:
+                _add_flag(group, name, hint, defaults, comments[f"Config.{name}"])
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises ConfigError, in Config's words where it finds the mistake too: they tell what is accepted."""
+        text = " ".join(message.split())
+        if found := re.match(r"""(?:Parser key|Option) ["'](?P<key>\S+)["'](?:.* value: (?P<value>.*))?""", text):
+            value = found["value"]
+            with contextlib.suppress(yaml.YAMLError):
+                value = value and yaml.safe_load(value)
+            Config.from_dict({found["key"]: value})
+        raise ConfigError(text)
+
+
+def parse_options(
+    argv: Sequence[str], make_parser: Callable[[Config], ConfigParser]
+) -> tuple[Config, jsonargparse.Namespace]:
+    """The Config of a `train` command, and all that its parser found. Later wins: preset, YAML file, flags.
+
+    `make_parser` makes the parser, with flags of its own: `config`, the YAML file, and `resume`: "auto" is the
+    Trainer's, a run directory's config.yaml takes the place of the preset. Raises ConfigError.
     """
-    user: dict[str, Any] = {} if file is None else read_yaml(file)
-    for key, text in given:
-        merge(user, {key: _read(key, text)})
-    if resume is not None and resume != "auto":
-        run = Path(resume)
-        if not (run / "config.yaml").is_file():
-            raise ConfigError(f"resume: {resume} holds no run; accepted: auto, or a run directory")
-        if Path(user.setdefault("out", resume)) != run:
-            raise ConfigError(f"out: {user['out']} is not the run that --resume {resume} continues; leave out --out")
-        values = read_yaml(run / "config.yaml")
-    else:
+    asked = [token for token in argv if token not in ("-h", "--help")]  # help comes when its defaults are known
+    flags = make_parser(Config()).parse_args(asked, defaults=False).as_dict()
+    values: dict[str, Any] = {}
+    if flags.get("config"):
+        merge(values, read_yaml(flags["config"]))
+    file = ConfigParser(Config()).parse_object(values, defaults=False)
+    given = file.as_dict() | flags
+    parser = make_parser(_base(given))
+    options = parser.parse_args(argv, namespace=file)
+    names = [field.name for field in dataclasses.fields(Config)]
+    return Config.from_dict({name: options.as_dict()[name] for name in names}), options
+
+
+def _base(given: dict[str, Any]) -> Config:
+    """What holds where the user says nothing: the preset, or the options of the run that is continued."""
+    resume = given.get("resume")
+    if resume is None or resume == "auto":
         plain = Config()
-        values = Config.preset_values(*(user.get(key, getattr(plain, key)) for key in ("preset", "dataset", "method")))
-    merge(values, user)
-    return Config.from_dict(values)
+        return Config.from_dict(
+            Config.preset_values(*(given.get(key, plain.get(key)) for key in ("preset", "dataset", "method")))
+        )
+    if not Path(resume, "config.yaml").is_file():
+        raise ConfigError(f"resume: {resume} holds no run; accepted: auto, or a run directory")
+    out = str(given.get("out", resume))
+    if Path(out) != Path(resume):
+        raise ConfigError(f"out: {out} is not the run that --resume {resume} continues; leave out --out")
+    return dataclasses.replace(Config.load(Path(resume, "config.yaml")), out=out)
 
 
-def _add_flags(parser: argparse._ArgumentGroup, cls: type, prefix: str, comments: dict[str, str]) -> None:
-    default = cls()
-    for name, hint in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            continue
-        key = prefix + name
-        text = f"{comments.get(f'{cls.__name__}.{name}', '')} (default: {_show(getattr(default, name))})".strip()
-        # Values stay texts here, beside their keys: what they must be is Config's to say.
-        parser.add_argument(
-            f"--{key if prefix else key.replace('_', '-')}", dest="given", action="append", default=[],
-            type=functools.partial(_pair, key), metavar=_kind(hint), help=text.replace("%", "%%"),
-        )  # fmt: skip
+def _add_flag(group: argparse._ArgumentGroup, key: str, hint: Any, defaults: Config, comment: str) -> None:
+    default = defaults.get(key)
+    text = f"{comment} (default: {_show(default)})".replace("%", "%%")
+    flag = key if "." in key else key.replace("_", "-")
+    group.add_argument(f"--{flag}", type=hint, default=default, metavar=_kind(hint), help=text)
 
 
+@functools.cache
 def _comments() -> dict[str, str]:
     """The comment beside each field of each class of config.py: {"LossConfig.gamma": "weight of the D term"}."""
     source = inspect.getsource(config_module)
@@ -93,39 +133,19 @@ def _comments() -> dict[str, str]:
 def _kind(hint: Any) -> str:
     """What an option takes, for --help."""
     arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is types.UnionType:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return f"{_kind(arguments[0])}|null"
     if typing.get_origin(hint) is Literal:
         return "|".join(arguments)
     if typing.get_origin(hint) is tuple:
-        return ",".join(_kind(argument) for argument in arguments)
-    return {bool: "true|false", int: "N", float: "X"}.get(hint, "TEXT")
-
-
-def _pair(key: str, text: str) -> tuple[str, str]:
-    return key, text
+        return f"[{','.join(map(_kind, arguments))}]"
+    return {bool: "true|false", int: "N", _Number: "X"}.get(hint, "TEXT")
 
 
 def _show(value: Any) -> str:
+    """A default, as the user would write it."""
     if isinstance(value, tuple):
-        return ",".join(map(_show, value))
+        return f"[{','.join(map(_show, value))}]"
     if isinstance(value, float):
         return f"{255 * value:g}/255" if len(repr(value)) > 8 and (255 * value).is_integer() else f"{value:g}"
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-
-
-def _read(key: str, text: str) -> Any:
-    """The value that a flag's text stands for, as YAML would read it; texts stay as they are."""
-    cls: Any = Config
-    *groups, name = key.split(".")
-    for group in groups:
-        cls = typing.get_type_hints(cls)[group]
-    kind = _kind(typing.get_type_hints(cls)[name])
-    if kind.endswith("|null") and text == "null":
-        return None
-    if "," in kind and not text.startswith("["):
-        text = f"[{text}]"
-    try:
-        return yaml.safe_load(text) if kind.startswith(("X", "N", "true|false")) else text
-    except yaml.YAMLError:
-        raise ConfigError(f"{key}: {text!r} cannot be read") from None

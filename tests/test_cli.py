@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import types
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from puat_fast import cli, options
+from puat_fast import cli
 from puat_fast.config import Config
 from puat_fast.runlog import RunError
 
@@ -96,7 +97,7 @@ def test_preset_dataset_and_method_of_the_flags_beat_those_of_the_file(trainer: 
     ("--gan.lr", "1e-4", "gan.lr", 1e-4), ("--uae.project_eps", "null", "uae.project_eps", None),
     ("--augment.flip", "false", "augment.flip", False), ("--data_dir", "123", "data_dir", "123"),
     ("--out", "null", "out", None), ("--out", "no", "out", "no"), ("--schedule.steps-per-epoch", "7",
-    "schedule.steps_per_epoch", 7), ("--gan.betas", "0.5,0.9", "gan.betas", (0.5, 0.9)),
+    "schedule.steps_per_epoch", 7), ("--gan.betas", "[0.5,0.9]", "gan.betas", (0.5, 0.9)),
     ("--data.mean", "[1/2, 0.5, 0.5]", "data.mean", (0.5, 0.5, 0.5)), ("--rae.init", "uniform", "rae.init", "uniform"),
 ])  # fmt: skip
 def test_texts_become_values(trainer: Trained, flag: str, text: str, key: str, value: Any) -> None:
@@ -110,7 +111,7 @@ def test_texts_become_values(trainer: Trained, flag: str, text: str, key: str, v
     (["--preset", "papr"], "preset: 'papr' is not one of paper, official-v1; did you mean paper?"),
     (["--rae.init", "gaus"], "rae.init: 'gaus' is not one of gauss, uniform; did you mean gauss?"),
     (["--loss.gamma", "much"], "loss.gamma: 'much' is not a number such as 0.1 or 8/255"),
-    (["--loss.gamma", "[1"], "loss.gamma: '[1' cannot be read"),
+    (["--loss.gamma", "[1"], "loss.gamma: '[1' is not a number"),
     (["--augment.flip", "3"], "augment.flip: 3 is not true or false"),
     (["--attack.eps", "8/0"], "attack.eps: '8/0' is not a number"),
     (["--attack.eps", "8"], "attack.eps: 8 is out of range"),
@@ -130,7 +131,30 @@ def test_wrong_options_are_told_in_one_line(
 def test_unknown_key_in_the_yaml_file(trainer: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my.yaml").write_text("loss: {gama: 1}")
     says = error_of(capsys, "train", "--config", str(tmp_path / "my.yaml"))
-    assert "loss.gama: no such option; did you mean gamma?" in says
+    assert "loss.gama: no such option; did you mean loss.gamma?" in says
+
+
+@pytest.mark.parametrize("text, says", [
+    ("resume: auto", "resume: no such option"), ("config: x", "config: no such option"),
+    ("loss: 3", "loss: is a group of options, not 3"), ("attack: {eps: true}", "attack.eps: True is not a number"),
+    ("out: 5", "out: 5 is not a text"), ("gan: {betas: [1]}", "gan.betas: [1] is not a list of 2 numbers"),
+    ("schedule: {steps_per_epoch: x}", "schedule.steps_per_epoch: 'x' is not an integer"),
+    ("{preset: papr}", "preset: 'papr' is not one of paper, official-v1; did you mean paper?"),
+])  # fmt: skip
+def test_wrong_values_in_the_yaml_file(
+    trainer: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, says: str
+) -> None:
+    (tmp_path / "my.yaml").write_text(text)
+    assert says in error_of(capsys, "train", "--config", str(tmp_path / "my.yaml"))
+    assert trainer.config is None
+
+
+def test_fractions_nulls_and_empty_groups_in_the_yaml_file(trainer: Trained, tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("attack: {eps: 4/255}\nuae: {project_eps: null}\nloss:\n  # gamma: 1\ndata.std: [1/2, 1, 1.5]\n")
+    config = trained_config(trainer, "--dataset", "cifar100", "--data-dir", "d", "-c", str(file))
+    assert (config.attack.eps, config.uae.project_eps, config.data.std) == (4 / 255, None, (0.5, 1.0, 1.5))
+    assert config.loss == Config.preset("paper", dataset="cifar100").loss
 
 
 def test_verb_is_needed_and_known(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,16 +172,18 @@ def test_print_config_is_what_train_would_use(capsys: pytest.CaptureFixture[str]
 
 def test_every_option_is_in_the_help_with_its_comment(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--help"]) == 0
-    text = capsys.readouterr().out
-    words = " ".join(text.split())
+    words = " ".join(capsys.readouterr().out.split())
     for name, hint in typing.get_type_hints(Config).items():
         inner = [f"{name}.{field.name}" for field in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else []
         for key in inner or [name.replace("_", "-")]:
-            assert f"--{key} " in text
+            told = re.search(rf"--{re.escape(key)} \S+ (.+?) \(default: ", words)
+            assert told and "--" not in told[1], f"{key}: no comment beside it"
     assert "weight of the D term (default: 0.03)" in words
     assert "loss: Weights of the C loss" in words
     assert "--attack.eps X" in words and "(default: 8/255)" in words
     assert "--rae.source mixed|labelled" in words
+    assert cli.main(["train", "--help", "--dataset=cifar100"]) == 0
+    assert "consistency term (default: 500)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("argv, code", [
@@ -358,8 +384,3 @@ def test_reader_of_a_pipe_may_leave() -> None:
     command = f"{sys.executable} -c '{script}' train --print-config | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stderr == ""
-
-
-def test_comments_are_found() -> None:
-    comments = options._comments()
-    assert comments["LossConfig.gamma"] == "weight of the D term"
