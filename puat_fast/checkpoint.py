@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from puat_fast.networks.classifier import Classifier
 from puat_fast.runlog import RunError
 
 CLASSIFIER_FILE = "classifier.safetensors"
+ARCH = "wrn-swish"
 
 
 class CheckpointError(RunError):
@@ -35,7 +35,7 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch.load tells a broken file in a dozen ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a checkpoint that can be read: {reason}") from error
     if not isinstance(state, dict) or "engine" not in state:
@@ -51,7 +51,7 @@ def save_classifier(path: Path, C: Classifier, dataset: str, class_names: Sequen
     mean, std = C.normalisation
     metadata = {
         "format": "puat-fast-classifier-1",
-        "arch": json.dumps({"name": "wrn-swish", "depth": C.depth, "width": C.width, "num_classes": C.num_classes}),
+        "arch": json.dumps({"name": ARCH, "depth": C.depth, "width": C.width, "num_classes": C.num_classes}),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
         "dataset": dataset,
@@ -75,10 +75,15 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> Cla
     """
     file = classifier_file(path)
     metadata = read_metadata(file)
-    arch = json.loads(metadata["arch"])
-    C = Classifier(
-        arch["num_classes"], arch["depth"], arch["width"], json.loads(metadata["mean"]), json.loads(metadata["std"])
-    )
+    try:
+        arch, mean, std = (json.loads(metadata[key]) for key in ("arch", "mean", "std"))
+        if arch["name"] != ARCH:
+            raise ValueError(f"arch {arch['name']!r}, expected {ARCH!r}")
+        with torch.device("meta"):  # no weights are drawn: they come from the file
+            C = Classifier(arch["num_classes"], arch["depth"], arch["width"], mean, std)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: broken metadata: {error}") from error
+    C.to_empty(device="cpu")
     try:
         C.load_state_dict(safetensors.torch.load_file(file))
     except (RuntimeError, safetensors.SafetensorError) as error:

@@ -239,7 +239,8 @@ class Config:
             _convert(value, option_types()[key], key)
         for name in ["paper"] if preset == "paper" else ["paper", preset]:  # official-v1 is written as a difference
             sections = yaml.safe_load((PRESET_DIR / f"{name}.yaml").read_text(encoding="utf-8"))
-            for section in (sections["all"], sections["datasets"][dataset], sections["methods"][method]):
+            both = sections["both"].get(f"{dataset} {method}", {})
+            for section in (sections["all"], sections["datasets"][dataset], sections["methods"][method], both):
                 merge(values, section)
         return values
 

@@ -1,5 +1,8 @@
 """Attacks on any classifier that maps images in [0,1] to logits."""
 
+from puat_fast.attacks.acgan import AcDiscriminator, AcGenerator
+from puat_fast.attacks.gpgd import LatentExamples, gpgd
 from puat_fast.attacks.pgd import pgd
+from puat_fast.attacks.usong import usong
 
-__all__ = ["pgd"]
+__all__ = ["AcDiscriminator", "AcGenerator", "LatentExamples", "gpgd", "pgd", "usong"]

@@ -48,7 +48,7 @@ def gauss_start(x: Tensor, noise: Noise) -> Tensor:
 
 def uniform_start(x: Tensor, eps: float, noise: Noise) -> Tensor:
     """clip(x + U(-eps, eps), 0, 1)."""
-    return (x.detach() + (2 * noise.uniform("rae", x.shape) - 1) * eps).clamp(0, 1)
+    return (x.detach() + (2 * noise.uniform("rae", x.shape).to(x.device) - 1) * eps).clamp(0, 1)
 
 
 def attack_loss(name: Literal["ce", "cw", "kl"], y: Tensor, logits: Tensor | None = None) -> AttackLoss:
@@ -74,18 +74,19 @@ def pgd(
     loss: Literal["ce", "cw"] = "ce",
     random_start: bool = True,
     seed: int = 0,
+    noise: Noise | None = None,
 ) -> Tensor:
     """PGD on any classifier: returns x_adv with |x_adv - x|_inf <= eps, in [0,1], of x's shape and dtype.
 
     x <- clip(x0 + clip(x + step_size sign(grad) - x0, -eps, eps), 0, 1), num_steps times, from a uniform start in the
     ball (`random_start`) or from x. model: images in [0,1] -> logits; run in eval mode and given back in its own mode,
-    its parameters collect no gradient. x: N x 3 x H x W float, y: N int64. `seed` makes the start repeatable; the
-    global RNG is not touched. Raises ValueError for eps, step_size < 0, images outside [0,1] or sizes that differ.
+    its parameters collect no gradient. x: N x 3 x H x W float, y: N int64. The start is drawn from `noise`, else from a
+    new stream seeded by `seed`; the global RNG is not touched. Raises ValueError for eps, step_size < 0, images outside [0,1] or sizes that differ.
     """
     _check(x, y, eps, step_size, num_steps)
     start = x.detach().clone()
     if random_start:
-        start = uniform_start(x, eps, Noise(seed, x.device, x.dtype))
+        start = uniform_start(x, eps, Noise(seed, x.device, x.dtype) if noise is None else noise)
     with eval_mode(model):
         return ascend(model, x, start, attack_loss(loss, y), eps=eps, step_size=step_size, num_steps=num_steps)
 

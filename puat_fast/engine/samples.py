@@ -18,12 +18,19 @@ SEED = 20240823  # of the latents: the same z in every picture of a run, so that
 
 @torch.no_grad()
 def sample_rows(
-    nets: Networks, config: Config, images: Tensor, labels: Tensor, per_class: int = 1, seed: int = SEED
+    nets: Networks,
+    config: Config,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    per_class: int = 1,
+    seed: int = SEED,
+    with_uae: bool = True,
 ) -> list[ImageRow]:
-    """Three rows, per_class columns for each class: real, G(z,y), and P(G(A(z,y),y); G(z,y)) of the same z.
+    """Rows of per_class columns for each class: real, G(z,y), and, of the same z, the UAE P(G(A(z,y),y); G(z,y)).
 
-    images: uint8 N x 3 x 32 x 32 to take the real ones from, labels: int64 N. All networks in eval mode; their state
-    and the noise of training are left alone.
+    images: uint8 N x 3 x 32 x 32 to take the real ones from, labels: int64 N; with_uae: false in stage 1, in which A is
+    not trained. All networks in eval mode; their state and the noise of training are left alone.
     """
     parameter = next(nets.C.parameters())
     device, dtype = parameter.device, parameter.dtype
@@ -37,8 +44,9 @@ def sample_rows(
         x_uae = nets.G(nets.A(z, y), y)
         if config.uae.project_eps is not None:
             x_uae = objectives.project_linf(x_uae, x_g, config.uae.project_eps)
+        kinds = [("real", real, y_real), ("G(z,y)", x_g, y), ("UAE", x_uae, y)]
         rows = []
-        for label, x, truth in (("real", real, y_real), ("G(z,y)", x_g, y), ("UAE", x_uae, y)):
+        for label, x, truth in kinds if with_uae else kinds[:2]:
             captions, good = verdicts(truth.tolist(), nets.C_ema(x).argmax(1).tolist())
             rows.append(ImageRow(label=label, images=_numpy(x), captions=captions, good=good))
     return rows

@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from puat_fast.config import Config
 from puat_fast.data.batch import StepBatch
 from puat_fast.engine import ema, optim, schedules
-from puat_fast.engine.stats import Stats
+from puat_fast.engine.stats import NonFiniteError, Stats
 from puat_fast.methods import METHODS, Method, Phase, Scalars
 from puat_fast.networks import Networks
 from puat_fast.noise import Noise
@@ -58,6 +59,7 @@ class Engine:
     def step(self, batch: StepBatch) -> None:
         """Run all phases on one StepBatch, then update the teacher."""
         self.stats.step = self.step_in_stage + 1
+        self._terms = {}
         s = self.scalars()
         self.nets.C.set_bn_momentum(s.bn_momentum)
         for group in self.optimizers["C"].param_groups:
@@ -71,7 +73,6 @@ class Engine:
         self.step_in_stage += 1
         if self.on_step is not None:
             self.on_step(self._terms)
-            self._terms = {}
 
     def _report(self, name: str, value: Tensor) -> None:
         self.stats.report(name, value)
@@ -133,6 +134,13 @@ class Engine:
         self.optimizers["C"] = optim.sgd(self.nets.C, self.config.optim)
         ema.unshare_bn(self.nets.C_ema)
 
+    def check_finite(self) -> None:
+        """Raises NonFiniteError naming the loss term or the network that is not finite."""
+        self.stats.read()
+        for name, net in self.nets.items():
+            if not torch.stack([p.isfinite().all() for p in net.parameters()]).all():
+                raise NonFiniteError(f"weights of {name} are not finite after step {self.step_in_stage} of the stage")
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, as tensors and plain values."""
         return {
@@ -148,9 +156,8 @@ class Engine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`: the same numbers, bit for bit on one device."""
-        if state["stage"] == 2 and self.stage == 1:
-            self.begin_stage2()
-        self.step_in_stage = state["step_in_stage"]
+        self.stage, self.step_in_stage = state["stage"], state["step_in_stage"]
+        ema.unshare_bn(self.nets.C_ema)
         for name, net in self.nets.items():
             net.load_state_dict(state["networks"][name])
         for name, optimizer in self.optimizers.items():

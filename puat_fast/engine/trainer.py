@@ -143,6 +143,8 @@ class Trainer:
         done = engine.step_in_stage + (self._epochs(1) * E if engine.stage == 2 and 1 in engine.method.stages else 0)
         with self.log, StopSignal() as stop:
             self.log.start(total, done)
+            if not len(self.val[1]):
+                self.log.message("no validation images: the last epoch is kept, there is no early stopping")
             while True:
                 while engine.step_in_stage < engine.epochs * E:
                     self._step()
@@ -254,7 +256,7 @@ class Trainer:
         return right.double().mean().item()
 
     def _save_samples(self, name: str, epoch: int) -> None:
-        rows = sample_rows(self.nets, self.config, *self.test)
+        rows = sample_rows(self.nets, self.config, *self.test, with_uae=self.engine.stage == 2)
         title = f"{self.config.dataset}, stage {self.engine.stage}, epoch {epoch}: verdicts of C'"
         plots.save_grid(self.path / "samples" / name, rows, title)
 
@@ -264,7 +266,7 @@ class Trainer:
         checkpoint.save_classifier(file, self.nets.C_ema, c.dataset, self.dataset.class_names, facts)
 
     def _save(self, name: str) -> None:
-        self.engine.stats.read()  # a loss that is not finite is an error, never a checkpoint
+        self.engine.check_finite()  # never a checkpoint of a run that is lost
         state = {
             "engine": self.engine.state_dict(),
             "loader": self.loader.state_dict(),
@@ -298,8 +300,6 @@ def steps_per_epoch(config: Config, split: Split) -> int:
 
 def _check_split(split: Split, config: Config) -> None:
     """Labels without which nothing can be trained. Raises ConfigError."""
-    if not len(split.labelled):
-        raise ConfigError(f"data.val_fraction: {config.data.val_fraction} leaves no labelled image to train on")
     if config.method == "puat" and config.data.use_unlabelled and not len(split.unlabelled):
         raise ConfigError(
             f"data.n_labelled: {config.data.n_labelled} leaves no unlabelled image; "
@@ -318,4 +318,4 @@ def _tensors(images: np.ndarray, labels: np.ndarray, index: np.ndarray | None) -
 
 
 def _pgd(**settings: Any) -> accuracy.Attack:
-    return lambda model, x, y, seed: pgd(model, x, y, seed=seed, **settings)
+    return lambda model, x, y, noise: pgd(model, x, y, noise=noise, **settings)

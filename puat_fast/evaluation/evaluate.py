@@ -18,6 +18,7 @@ from puat_fast.config import Config, ConfigError
 from puat_fast.data.formats import load_dataset
 from puat_fast.engine.trainer import resolve_device
 from puat_fast.evaluation.names import AttackSpec, parse_attack
+from puat_fast.noise import Noise
 
 Progress = Callable[[str, int, int, float], None]
 """progress(attack name, images done, images in all, accuracy so far)."""
@@ -70,8 +71,8 @@ def evaluate(
     images: uint8 N x 3 x 32 x 32, labels: int64 N; model: images in [0,1] -> logits.
     """
 
-    def attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
-        return pgd(model, x, y, eps=spec.eps, step_size=spec.step_size, num_steps=spec.num_steps, seed=seed)
+    def attack(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        return pgd(model, x, y, eps=spec.eps, step_size=spec.step_size, num_steps=spec.num_steps, noise=noise)
 
     start = time.perf_counter()
     right = accuracy.correct(

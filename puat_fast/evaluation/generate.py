@@ -36,7 +36,7 @@ def generate_run(path: Path, grid: Path, per_class: int, seed: int, device: str)
     for name, net in nets.items():
         net.load_state_dict(state["engine"]["networks"][name])
     images, labels = torch.tensor(dataset.test.images), torch.tensor(dataset.test.labels)
-    rows = sample_rows(nets, config, images, labels, per_class, seed)
+    rows = sample_rows(nets, config, images, labels, per_class=per_class, seed=seed)
     plots.save_grid(grid, rows, f"{config.dataset}: verdicts of C', seed {seed}")
     right = {row.label: sum(row.good or ()) / len(row.images) for row in rows}
     return {"grid": str(grid), "num_classes": dataset.num_classes, "per_class": per_class, "accuracy": right}

@@ -8,6 +8,7 @@ sees to it), so that each update computes only the gradients that it uses.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -69,8 +70,8 @@ class Puat:
         fake = 0.5 * L.hinge_fake(d_fake_g) + 0.5 * L.hinge_fake_by_class(d_fake_c, p)
         yield fake
 
-        self._report(("D/loss", real + fake), ("D/real", d_real.mean()), ("D/fake_g", d_fake_g.mean()),
-                     ("D/fake_c", d_fake_c.mean()))  # fmt: skip
+        self._report(("D/real", d_real.mean()), ("D/fake_g", d_fake_g.mean()), ("D/fake_c", d_fake_c.mean()),
+                     ("D/loss", real + fake))  # fmt: skip
 
     def _real_for_d(self, b: DiscBatch) -> tuple[Tensor, Tensor]:
         """(x_r, y_r): labelled pairs, and a part f of other unlabelled images with C's hard labels."""
@@ -145,8 +146,8 @@ class Puat:
             y_report = b.y_l if self.config.rae.accuracy_labels == "y_l" else y_m
             self._report(("C/rae_acc", L.accuracy(logits_rae, y_report)))
 
-        self._report(("C/loss", uae + sup + con + fake + rae), ("C/sup", sup), ("C/con", con), ("C/fake", fake),
-                     ("C/uae", uae), ("C/rae", rae), ("C/clean_acc", L.accuracy(logits_l, b.y_l)),
+        self._report(("C/sup", sup), ("C/con", con), ("C/fake", fake), ("C/uae", uae), ("C/rae", rae),
+                     ("C/loss", uae + sup + con + fake + rae), ("C/clean_acc", L.accuracy(logits_l, b.y_l)),
                      ("C/uae_acc", L.accuracy(logits_uae, b.y_l)))  # fmt: skip
 
     def classifier_pretrain(self, batch: StepBatch, s: Scalars, k: int) -> Iterator[Tensor]:
@@ -157,12 +158,11 @@ class Puat:
         con = torch.zeros_like(sup)
         if a > 0:
             x_c = self._consistency_images(b)
-            with torch.no_grad():
-                p_teacher = self.C_ema(x_c).softmax(1)
+            p_teacher = self._teacher(x_c)
             logits_c = logits_l if b.x_u is None else self.C(x_c)
             con = a * L.consistency(logits_c.softmax(1), p_teacher, self.config.consistency.reduce)
         yield sup + con
-        self._report(("C/loss", sup + con), ("C/sup", sup), ("C/con", con),
+        self._report(("C/sup", sup), ("C/con", con), ("C/loss", sup + con),
                      ("C/clean_acc", L.accuracy(logits_l, b.y_l)))  # fmt: skip
 
     def _mixed(self, b: SemiBatch, x_u: Tensor, logits_u: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,11 +186,17 @@ class Puat:
             logits_c = torch.cat([logits_l[:n_l], logits_u[n_l:]])
         else:
             x_c, logits_c = (b.x_l if b.x_u is None else b.x_u), logits_u
-        with torch.no_grad():
-            p_teacher = self.C_ema(x_c).softmax(1)
+        p_teacher = self._teacher(x_c)
         if a == 0:
             return torch.zeros((), device=x_c.device, dtype=x_c.dtype)
         return a * L.consistency(logits_c.softmax(1), p_teacher, self.config.consistency.reduce)
+
+    @torch.no_grad()
+    def _teacher(self, x: Tensor) -> Tensor:
+        """p_C'(x), C' in train mode: batch statistics, an augmentation of its own."""
+        averaged = self.config.ema.bn == "average"  # then its running statistics are the engine's alone
+        with frozen_running_stats(self.C_ema) if averaged else nullcontext():
+            return self.C_ema(x).softmax(1)
 
     def _consistency_images(self, b: SemiBatch) -> Tensor:
         if b.x_u is None:
@@ -220,5 +226,6 @@ class Puat:
         return self.z_shared if self.config.uae.share_z and self.z_shared is not None else self._z(b)
 
     def _report(self, *values: tuple[str, Tensor]) -> None:
+        # sums after their terms: of several that are not finite the first is named
         for name, value in values:
             self.report(name, value.detach())

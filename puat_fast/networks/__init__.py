@@ -35,7 +35,7 @@ class Networks:
     def build(cls, config: Config, num_classes: int, noise: Noise) -> Networks:
         """Freshly initialised networks on noise's device and dtype; the global RNG is left as it was."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)
             C = build_classifier(config, num_classes, noise)
             G = Generator(num_classes, config.gan.z_dim, config.gan.width)
             D = Discriminator(num_classes, config.gan.width, config.gan.sn_per_class_lookup)

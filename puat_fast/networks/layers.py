@@ -113,22 +113,23 @@ def batch_norms(module: nn.Module) -> Iterator[BatchNorm2d]:
 @contextmanager
 def frozen_running_stats(module: nn.Module) -> Iterator[None]:
     """Inside, train-mode forwards use batch statistics and leave the running ones alone."""
-    norms = list(batch_norms(module))
-    for norm in norms:
+    before = [(norm, norm.update_stats) for norm in batch_norms(module)]
+    for norm, _ in before:
         norm.update_stats = False
     try:
         yield
     finally:
-        for norm in norms:
-            norm.update_stats = True
+        for norm, update_stats in before:
+            norm.update_stats = update_stats
 
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Inside, the network is in eval mode; afterwards in the mode it had."""
-    training = module.training
+    """Inside, the network is in eval mode; afterwards each of its modules in the mode it had."""
+    before = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for m, training in before:
+            m.training = training

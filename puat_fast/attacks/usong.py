@@ -1,0 +1,86 @@
+"""USong: unrestricted adversarial examples from an AC-GAN (Song et al. 2018), as PUAT's code varies it (spec 3)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from puat_fast import objectives
+from puat_fast.attacks.gpgd import (
+    Compat,
+    LatentExamples,
+    LatentSettings,
+    check_not_negative,
+    prepare_latents,
+    search_latent,
+)
+from puat_fast.noise import Noise
+
+
+def usong_objective(
+    logits: Tensor,
+    label_log_probs: Tensor,
+    delta: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm_weight: float,
+    label_weight: float,
+) -> Tensor:
+    """CE(logits, y) - norm_weight mean relu(|delta| - eps) - label_weight NLL(label_log_probs, y), to be maximised.
+
+    Means over the batch (CE, NLL) and over all elements (delta). logits: N x K; label_log_probs: N x (K + 1);
+    delta: N x z_dim; y: N class indices.
+    """
+    excess = F.relu(delta.abs() - eps).mean()
+    label = F.nll_loss(label_log_probs, y)
+    return objectives.cross_entropy(logits, y) - norm_weight * excess - label_weight * label
+
+
+def usong(
+    model: nn.Module,
+    generator: nn.Module,
+    discriminator: nn.Module,
+    y: Tensor,
+    *,
+    eps: float = 0.01,
+    step_size: float = 0.1,
+    num_steps: int = 200,
+    norm_weight: float = 100.0,
+    label_weight: float = 100.0,
+    z: Tensor | None = None,
+    image_size: int = 32,
+    antialias: bool = False,
+    compat: Compat = "none",
+    seed: int = 0,
+    noise: Noise | None = None,
+) -> LatentExamples:
+    """Untargeted USong: images that an AC-GAN's label head calls y and the model does not.
+
+        delta <- delta + step_size sign(grad[CE(model(x), y) - norm_weight mean relu(|delta| - eps)
+                                             - label_weight NLL(D_label(x), y)]),  x = Gen(z + delta, y)
+
+    num_steps times, from a uniform start in the eps ball; the weights are the paper's lambda1 and lambda2. The bound on
+    delta is soft: |delta| exceeds eps, by far.
+    discriminator: generated images, at the generator's own size -> (anything, log-probabilities N x (K + 1)). Nothing
+    ensures that the result still shows y: report the fraction where D's label head agrees on `generated_adv`, and the
+    model's accuracy on x_nat. One call is one draw per label; the official script makes 10.
+
+    compat `official-v1`: delta starts at clip(z + U(-eps, eps), 0, 1) - z and is never projected, so the search runs
+    from z clamped to [0,1]; generator and discriminator stay in the mode they are in (as published: train, with batch
+    statistics and dropout). All else as in `gpgd`: arguments, draws, modes, gradients, errors.
+
+    Source: PUAT, Table IX; Song et al. 2018 (arXiv:1805.07894) minimise a targeted loss by noisy gradient descent.
+    """
+    settings = LatentSettings(eps, step_size, num_steps, image_size, antialias, compat)
+    check_not_negative("norm_weight", norm_weight)
+    check_not_negative("label_weight", label_weight)
+    y, z, noise = prepare_latents(model, generator, y, z, seed, noise)
+
+    def objective(generated: Tensor, logits: Tensor, delta: Tensor) -> Tensor:
+        _, label_log_probs = discriminator(generated)
+        return usong_objective(
+            logits, label_log_probs, delta, y, eps=eps, norm_weight=norm_weight, label_weight=label_weight
+        )
+
+    return search_latent(model, generator, y, z, objective, settings, noise, radius=None, critics=(discriminator,))

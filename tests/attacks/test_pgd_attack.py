@@ -1,0 +1,234 @@
+"""PGD for evaluation: the optimum where it is known, what it refuses, and what it leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from puat_fast.attacks import accuracy
+from puat_fast.attacks.pgd import ascend, attack_loss, pgd
+
+EPS = 8 / 255
+
+
+class Linear(nn.Module):
+    """Two classes, logits (0, <w, x>): the strongest L-inf attack on class 0 is x + eps sign(w), clipped."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.w = nn.Parameter(torch.randn(3 * 32 * 32, generator=g).to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits N x 2."""
+        score = x.flatten(1) @ self.w
+        return torch.stack([torch.zeros_like(score), score / 100], 1)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+Y = torch.tensor([0, 1, 0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("random_start", [True, False])
+@pytest.mark.parametrize("loss", ["ce", "cw"])
+def test_a_linear_model_is_attacked_optimally(x, loss, random_start):
+    model = Linear()
+    if loss == "cw":  # its gradient is zero once misclassified: let all images start well inside their class
+        model.w.data /= 1e6
+        Y_here = model(x).argmax(1)
+    else:
+        Y_here = Y
+    x_adv = pgd(model, x, Y_here, loss=loss, num_steps=20, random_start=random_start)
+    direction = torch.where(Y_here == 0, 1.0, -1.0)[:, None] * model.w.detach().sign()
+    best = (x + EPS * direction.view_as(x)).clamp(0, 1)
+    if loss == "ce":
+        torch.testing.assert_close(x_adv, best, rtol=0, atol=1e-6)
+    else:
+        right = model(x_adv).argmax(1) == Y_here
+        torch.testing.assert_close(x_adv[right], best[right], rtol=0, atol=1e-6)
+
+
+def test_steps_are_sign_steps_of_step_size(x):
+    inner = x * 0.5 + 0.25
+    x_adv = pgd(Linear(), inner, Y, step_size=0.001, num_steps=5, random_start=False)
+    torch.testing.assert_close((x_adv - inner).abs(), torch.full_like(x, 0.005), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("step_size", [1 / 255, 0.5])
+def test_result_is_in_the_ball_and_the_range(x, step_size):
+    x = x.round(decimals=0)  # all pixels at the ends of the range
+    x_adv = pgd(Linear(), x, Y, step_size=step_size, num_steps=3)
+    assert (x_adv - x).abs().max() <= EPS + 1e-7 and x_adv.min() >= 0 and x_adv.max() <= 1
+
+
+def test_eps_0_and_no_step_change_nothing(x):
+    assert torch.equal(pgd(Linear(), x, Y, eps=0), x)
+    unchanged = pgd(Linear(), x, Y, num_steps=0, random_start=False)
+    assert torch.equal(unchanged, x) and unchanged.data_ptr() != x.data_ptr()
+    start = pgd(Linear(), x, Y, num_steps=0)
+    assert 0 < (start - x).abs().max() <= EPS + 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shape_dtype_and_no_graph(x, dtype):
+    x_adv = pgd(Linear(dtype), x.to(dtype), Y, num_steps=2)
+    assert (x_adv.shape, x_adv.dtype, x_adv.requires_grad) == (x.shape, dtype, False)
+
+
+def test_an_empty_batch():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2))
+    assert pgd(model, torch.empty(0, 3, 32, 32), torch.empty(0, dtype=torch.int64), num_steps=2).shape == (0, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"x": torch.full((2, 3, 32, 32), 1.5)}, "x: values from 1.5 to 1.5"),
+        ({"x": torch.full((2, 3, 32, 32), -0.1)}, "x: values"),
+        ({"x": torch.full((2, 3, 32, 32), float("nan"))}, "x: values"),
+        ({"x": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, "x: dtype torch.uint8"),
+        ({"y": torch.tensor([0, 1, 0])}, "y: 3 labels for 2 images"),
+        ({"eps": -0.1}, "eps: -0.1"),
+        ({"eps": float("nan")}, "eps: nan"),
+        ({"step_size": -1}, "step_size: -1"),
+        ({"num_steps": -1}, "num_steps: -1"),
+        ({"loss": "dlr"}, "loss: 'dlr'"),
+        ({"loss": "kl"}, "loss: 'kl'"),
+    ],
+)
+def test_mistakes_are_told_by_name(arguments, name):
+    values = {"x": torch.zeros(2, 3, 32, 32), "y": torch.tensor([0, 1])} | arguments
+    with pytest.raises(ValueError, match=f"^{name}"):
+        pgd(Linear(), **values)
+
+
+def test_the_seed_decides_and_the_global_generator_stays(x):
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    a, b, c = (pgd(Linear(), x, Y, num_steps=1, seed=s) for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Strange(nn.Module):
+    """Dropout, BatchNorm, in-place ReLU, another image size, no sign of a Classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1)
+        )
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits N x 5."""
+        return self.head(self.net(images).flatten(1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_any_module_keeps_its_mode_buffers_and_gradients(training):
+    torch.manual_seed(0)
+    model, x, y = Strange().train(training), torch.rand(3, 3, 9, 11), torch.tensor([0, 4, 2])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    a, b = pgd(model, x, y, num_steps=2), pgd(model, x, y, num_steps=2)
+    assert torch.equal(a, b)  # no dropout
+    assert model.training is training and all(m.training is training for m in model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_a_frozen_layer_in_a_training_model_stays_frozen():
+    model = Strange().train()
+    model.net[1].eval()
+    pgd(model, torch.rand(3, 3, 9, 9), torch.tensor([0, 4, 2]), num_steps=1)
+    assert model.training and not model.net[1].training
+
+
+def test_the_mode_comes_back_after_an_error():
+    model = Strange().train()
+    with pytest.raises(IndexError):
+        pgd(model, torch.rand(2, 3, 9, 9), torch.tensor([0, 77]), num_steps=1)
+    assert model.training
+
+
+def test_under_no_grad_and_for_frozen_parameters(x):
+    model = Linear().requires_grad_(False)
+    with torch.no_grad():
+        x_adv = pgd(model, x, Y, random_start=False)
+    assert torch.equal(x_adv, pgd(Linear(), x, Y, random_start=False))
+
+
+def test_cw_stops_at_misclassified_images(x):
+    model = Linear()
+    wrong = 1 - model(x).argmax(1)
+    assert torch.equal(pgd(model, x, wrong, loss="cw", random_start=False), x)
+
+
+def test_kl_needs_natural_logits_and_keeps_them_constant(x):
+    logits = Linear()(x)
+    loss = attack_loss("kl", Y, logits)
+    assert float(loss(logits.detach())) == pytest.approx(0, abs=1e-6)
+    other = torch.zeros_like(logits, requires_grad=True)
+    loss(other).backward()
+    assert logits.grad_fn is not None and other.grad is not None
+
+
+def test_ascend_runs_the_model_in_the_mode_it_is_in():
+    torch.manual_seed(0)
+    model, x = Strange().train(), torch.rand(3, 3, 9, 9)
+    ascend(model, x, x, attack_loss("ce", torch.tensor([0, 1, 2])), eps=EPS, step_size=EPS, num_steps=4)
+    assert model.training and int(model.net[1].num_batches_tracked) == 4
+
+
+# -- accuracy -------------------------------------------------------------------------------------------------------
+
+
+class Brightness(nn.Module):
+    """Says the class that is written in the first pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(255.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits N x 4."""
+        return -(x[:, 0, 0, 0, None] * self.scale - torch.arange(4.0)).abs()
+
+
+def test_correct_says_image_by_image():
+    images = torch.zeros(10, 3, 32, 32, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(10) % 4
+    labels = torch.tensor([0, 1, 2, 3, 3, 1, 0, 3, 0, 1])
+    seen: list[tuple[int, int, float]] = []
+    right = accuracy.correct(Brightness(), images, labels, batch_size=3, progress=lambda *a: seen.append(a))
+    assert right.tolist() == [1, 1, 1, 1, 0, 1, 0, 1, 1, 1]
+    assert [(done, total) for done, total, _ in seen] == [(3, 10), (6, 10), (9, 10), (10, 10)]
+    assert seen[-1][2] == pytest.approx(0.8)
+
+
+def test_each_batch_gets_draws_of_its_own_and_eval_mode():
+    calls: list[tuple[int, float, bool]] = []
+
+    def attack(model, x, y, noise):
+        calls.append((len(x), float(noise.uniform("rae", (1,))), model.training))
+        return x
+
+    model = Brightness().train()
+    accuracy.correct(model, torch.zeros(7, 3, 32, 32, dtype=torch.uint8), torch.zeros(7, dtype=torch.int64), attack,
+                     batch_size=3, seed=5)  # fmt: skip
+    assert [n for n, _, _ in calls] == [3, 3, 1] and len({u for _, u, _ in calls}) == 3
+    assert not any(training for _, _, training in calls) and model.training
+
+
+def test_images_are_exactly_u_over_255():
+    got: list[Tensor] = []
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    model = Brightness()
+    model.register_forward_pre_hook(lambda m, inputs: got.append(inputs[0]))
+    accuracy.correct(model, images, torch.zeros(1, dtype=torch.int64))
+    assert torch.equal(got[0][0, 0].flatten(), torch.arange(256.0) / 255)
