@@ -81,7 +81,8 @@ def pgd(
     x <- clip(x0 + clip(x + step_size sign(grad) - x0, -eps, eps), 0, 1), num_steps times, from a uniform start in the
     ball (`random_start`) or from x. model: images in [0,1] -> logits; run in eval mode and given back in its own mode,
     its parameters collect no gradient. x: N x 3 x H x W float, y: N int64. The start is drawn from `noise`, else from a
-    new stream seeded by `seed`; the global RNG is not touched. Raises ValueError for eps, step_size < 0, images outside [0,1] or sizes that differ.
+    new stream seeded by `seed`; the global RNG is not touched. Raises ValueError for eps, step_size < 0, images outside
+    [0,1] or sizes that differ.
     """
     _check(x, y, eps, step_size, num_steps)
     start = x.detach().clone()

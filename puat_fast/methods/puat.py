@@ -112,7 +112,7 @@ class Puat:
     # -- C: eqs 12-17 -------------------------------------------------------------------------------------------
 
     def classifier(self, batch: StepBatch, s: Scalars, k: int) -> Iterator[Tensor]:
-        """L_C = CE(C(x_l),y_l) + a MSE + r [lambda CE(C(x_uae),y_l) + w_rae CE(C(x_rae),y_m) - gamma mean sum_k p D]."""
+        """L_C = CE(C(x_l),y_l) + a MSE + r [lambda CE(C(x_uae),y_l) + w CE(C(x_rae),y_m) - gamma mean sum_k p D]."""
         loss, b = self.config.loss, batch.C
         if s.adv_ramp == 0:  # before adv_start: the mean teacher alone, as in stage 1
             yield from self.classifier_pretrain(batch, s, k)
