@@ -70,6 +70,29 @@ def kl_divergence(logits: Tensor, logits_adv: Tensor) -> Tensor:
     return F.kl_div(logits_adv.log_softmax(1), logits.softmax(1), reduction="batchmean")
 
 
+# -- USong, the unrestricted attack of Song et al. 2018 as PUAT's code varies it -------------------------------------
+
+
+def usong(
+    logits: Tensor,
+    label_log_probs: Tensor,
+    delta: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm_weight: float,
+    label_weight: float,
+) -> Tensor:
+    """CE(logits, y) - norm_weight mean relu(|delta| - eps) - label_weight NLL(label_log_probs, y), to be maximised.
+
+    Means over the batch (CE, NLL) and over all elements (delta). logits: N x K; label_log_probs: N x (K + 1);
+    delta: N x z_dim; y: N class indices.
+    """
+    excess = F.relu(delta.abs() - eps).mean()
+    label = F.nll_loss(label_log_probs, y)
+    return cross_entropy(logits, y) - norm_weight * excess - label_weight * label
+
+
 # -- shared ---------------------------------------------------------------------------------------------------------
 
 

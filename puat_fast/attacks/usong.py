@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puat_fast import objectives
@@ -15,26 +14,6 @@ from puat_fast.attacks.gpgd import (
     search_latent,
 )
 from puat_fast.noise import Noise
-
-
-def usong_objective(
-    logits: Tensor,
-    label_log_probs: Tensor,
-    delta: Tensor,
-    y: Tensor,
-    *,
-    eps: float,
-    norm_weight: float,
-    label_weight: float,
-) -> Tensor:
-    """CE(logits, y) - norm_weight mean relu(|delta| - eps) - label_weight NLL(label_log_probs, y), to be maximised.
-
-    Means over the batch (CE, NLL) and over all elements (delta). logits: N x K; label_log_probs: N x (K + 1);
-    delta: N x z_dim; y: N class indices.
-    """
-    excess = F.relu(delta.abs() - eps).mean()
-    label = F.nll_loss(label_log_probs, y)
-    return objectives.cross_entropy(logits, y) - norm_weight * excess - label_weight * label
 
 
 def usong(
@@ -79,7 +58,7 @@ def usong(
 
     def objective(generated: Tensor, logits: Tensor, delta: Tensor) -> Tensor:
         _, label_log_probs = discriminator(generated)
-        return usong_objective(
+        return objectives.usong(
             logits, label_log_probs, delta, y, eps=eps, norm_weight=norm_weight, label_weight=label_weight
         )
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from puat_fast import objectives
 from puat_fast.attacks import LatentExamples, gpgd, usong
 from puat_fast.attacks.acgan import AcDiscriminator, AcGenerator, official_acgan_name, shrink
-from puat_fast.attacks.usong import usong_objective
 from puat_fast.networks import Generator
 from puat_fast.noise import Noise
 from puat_fast.testing import RecordedNoise
@@ -178,7 +178,7 @@ def test_each_term_of_usong_has_its_sign_and_weight():
     x = generator(z + delta, y)
 
     def gradient(norm_weight: float, label_weight: float) -> Tensor:
-        value = usong_objective(
+        value = objectives.usong(
             model(x), labels(x)[1], delta, y, eps=eps, norm_weight=norm_weight, label_weight=label_weight
         )
         return torch.autograd.grad(value, [delta], retain_graph=True)[0]
