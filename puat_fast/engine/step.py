@@ -37,6 +37,7 @@ class Engine:
         self.method: Method = METHODS[config.method](config, nets, noise, self._report)
         self.optimizers = optim.optimizers(nets, config)
         self.stage, self.step_in_stage = self.method.stages[0], 0
+        self.last_scalars: Scalars  # of the latest step
 
     @property
     def epoch(self) -> int:
@@ -60,7 +61,7 @@ class Engine:
         """Run all phases on one StepBatch, then update the teacher."""
         self.stats.step = self.step_in_stage + 1
         self._terms = {}
-        s = self.scalars()
+        s = self.last_scalars = self.scalars()
         self.nets.C.set_bn_momentum(s.bn_momentum)
         for group in self.optimizers["C"].param_groups:
             group["lr"], group["momentum"] = s.lr, s.momentum

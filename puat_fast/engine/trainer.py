@@ -177,7 +177,9 @@ class Trainer:
         engine.end_epoch()
         last = engine.step_in_stage == engine.epochs * engine.steps_per_epoch
         row: dict[str, Any] = {"stage": engine.stage, "epoch": epoch, "step": engine.step_in_stage}
-        row |= self._scalars_of(epoch) | engine.stats.read()
+        s = engine.last_scalars
+        row |= {"lr": s.lr, "momentum": s.momentum, "ema_decay": s.ema_decay, "adv_ramp": s.adv_ramp}
+        row |= {"consistency_weight": s.consistency_weight} | engine.stats.read()
         engine.stats.reset()
         row["test_clean_acc"] = self._accuracy(self.test)
         if engine.stage == 2 and len(self.val[1]) and (epoch % c.val.every == 0 or last):
@@ -194,14 +196,6 @@ class Trainer:
         if c.method == "puat" and (last or (c.log.sample_every and epoch % c.log.sample_every == 0)):
             self._save_samples(f"stage{engine.stage}-epoch{epoch:03d}.png", epoch)
         plots.save_curves(self.path / "curves.png", self.log.rows)
-
-    def _scalars_of(self, epoch: int) -> dict[str, float]:
-        """Schedule values of the epoch's last step."""
-        self.engine.step_in_stage -= 1
-        s = self.engine.scalars()
-        self.engine.step_in_stage += 1
-        return {"lr": s.lr, "momentum": s.momentum, "ema_decay": s.ema_decay, "adv_ramp": s.adv_ramp,
-                "consistency_weight": s.consistency_weight}  # fmt: skip
 
     def _is_best(self, robust_acc: float | None, epoch: int) -> bool:
         """`regular`, and runs without validation images, keep the last epoch."""
