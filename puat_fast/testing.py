@@ -8,13 +8,19 @@
         dataset=dataset,                          # optional: a puat_fast.data.formats.Dataset instead of files
         loader=RecordedLoader(step_batches),      # StepBatches, one per step, instead of the resident loader
         noise=RecordedNoise({"z": [...], "rae": [...]}),
-        networks=lambda nets: load_official(nets.C, "C", arrays, "C."),     # initial weights
+        networks=initial_weights,                 # e.g. the function below
         on_step=recorder,                         # called after every step with its terms
     )
     trainer.fit()
     recorder.steps[0]["D/loss"]                   # list of floats, one per D update of the step
 
-Without data, files or validation, drive the engine itself:
+    def initial_weights(nets):
+        for name in "CGDA":
+            load_official(getattr(nets, name), name, arrays, f"{name}.")
+        nets.C_ema.load_state_dict(nets.C.state_dict())     # the teacher starts as a copy of C
+
+RecordedNoise's dtype is that of the networks, `config.precision` that of the images: for float64 give both. Stage 2
+alone: `pretrain.epochs` 0. Without data, files or validation, drive the engine itself:
 
     noise = RecordedNoise(draws, dtype=torch.float64)
     nets = Networks.build(config, num_classes, noise)
@@ -33,7 +39,22 @@ compare with recordings that have none. StepBatch order: n_disc DiscBatches, the
 
 Terms: `D/loss D/real D/fake_g D/fake_c` (real, fake_g, fake_c are means of D's outputs), `G/loss`, `A/loss` (the
 negative cross-entropy), `C/loss C/sup C/con C/fake C/uae C/rae C/clean_acc C/uae_acc C/rae_acc`, weights and ramps
-included. `C/loss` is the whole objective; the official log's "loss" is `C/loss - C/fake`.
+included. `C/loss` is the whole objective; the official log's "loss" is `C/loss - C/fake`. Where that log writes 0 for
+`C/uae`, `C/rae` or `C/fake`, the term is absent here.
+
+What the official code calls its settings: num_adv_epochs = pretrain.epochs / schedule.epochs; len(dataloader) =
+schedule.steps_per_epoch; batch_size = 2 schedule.batch_size; gan_start + 1 = pretrain.gan_start; adv_ramp_start, _end =
+schedule.adv_start, adv_end; consistency_ramp_up = pretrain.consistency_ramp; tau, tau_after of pretraining =
+pretrain.ema_decay, ema_decay_after; tau_after of stage 2 = ema.decay; beta, beta2, beta1 = loss.uae_weight, rae_weight,
+gamma; consistency_cost = loss.consistency_weight; unsup_fraction_for_d and consistency_unsup_frac = data.mix_frac;
+num_samples = ema.warmup_images; 8 g_nfilter = gan.width.
+
+What to know when comparing with a recording: z has len(y_l) rows; the z of the official pictures at an epoch's end is
+not ours. Batch-scope augmentation draws, per train-mode forward of C or C' and in this order, `augment/top`, `/left` =
+(offset + 0.5) / (2 pad + 1) and `/flip`, each of shape 1 x 1. Validation draws from a stream of its own; a recorded
+start v in [-1, 1) is replayed by `pgd(..., loss="cw", noise=RecordedNoise({"rae": [(v + 1) / 2]}))`. Compare many steps
+in float64: in float32 D's `linear.bias` has a gradient of zero while no hinge saturates, of which Adam makes steps of
+lr from round-off, so that D's outputs and `G/loss` drift.
 
 `official_name` and `load_official` map the official code's parameter names to this project's.
 """

@@ -36,7 +36,8 @@ class Puat:
         """Stage 1: C, from gan_start on also D and G; stage 2: all four, in `schedule.order`."""
         for net in (self.G, self.D, self.C, self.C_ema):
             net.train()
-        self.A.train(not (self.config.attacker.eval_after_first_epoch and stage == 2 and epoch > 1))
+        frozen = self.config.attacker.eval_after_first_epoch and epoch > self.config.schedule.adv_start + 1
+        self.A.train(not (frozen and stage == 2))
         all_phases = {
             "D": Phase("D", self.discriminator, repeat=self.config.schedule.n_disc),
             "G": Phase("G", self.generator),

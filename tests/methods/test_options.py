@@ -209,8 +209,10 @@ def test_attacker_eval_after_first_epoch(flag, epoch, training):
     engine.step_in_stage = engine.steps_per_epoch * (epoch - 1)
     A = Watch(engine.nets.A)
     before = engine.nets.A.blocks[0].cbn1.bn.running_mean.clone()
+    weight = engine.nets.A.linear_out.weight.detach().clone()
     engine.step(tiny_batch())
     assert set(A.training) == {training}
+    assert not torch.equal(engine.nets.A.linear_out.weight, weight)  # frozen are its statistics, not its weights
     assert torch.equal(engine.nets.A.blocks[0].cbn1.bn.running_mean, before) is not training
 
 
