@@ -12,6 +12,7 @@ Importing this package is cheap: torch is imported when Trainer, load_classifier
 from __future__ import annotations
 
 import importlib
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from puat_fast import attacks
     from puat_fast.checkpoint import load_classifier
     from puat_fast.engine.trainer import Trainer
+
+# Torch's threads spin only briefly before they sleep: as fast on an idle machine, and not halted by a busy one. Read
+# when torch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 try:
     __version__ = version("puat-fast")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from puat_fast.runlog import RunError
 
 CLASSIFIER_FILE = "classifier.safetensors"
 ARCH = "wrn-swish"
+FORMAT = "puat-fast-classifier-1"
 
 
 class CheckpointError(RunError):
@@ -26,18 +30,22 @@ class CheckpointError(RunError):
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint, whole or not at all."""
     with files.atomic_write(path) as beside:
-        torch.save(state, beside)
+        try:
+            torch.save(state, beside)
+        except RuntimeError as error:  # torch's words for a full disk
+            raise OSError(errno.EIO, "cannot be written, is the disk full?", str(path)) from error
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; never runs code from it. Raises CheckpointError."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what it is about to refuse
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load tells a broken file in a dozen ways
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: not a checkpoint that can be read: {reason}") from error
+        # torch's own words would advise to load it unsafely
+        raise CheckpointError(f"{path}: broken, or not a checkpoint: nothing of it was run") from error
     if not isinstance(state, dict) or "engine" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of puat-fast")
     return state
@@ -49,18 +57,21 @@ def save_classifier(path: Path, C: Classifier, dataset: str, class_names: Sequen
     facts: whatever else is worth knowing (method, epoch, validation accuracy), as JSON values.
     """
     mean, std = C.normalisation
-    metadata = {
-        "format": "puat-fast-classifier-1",
-        "arch": json.dumps({"name": ARCH, "depth": C.depth, "width": C.width, "num_classes": C.num_classes}),
-        "mean": json.dumps(mean),
-        "std": json.dumps(std),
+    about = {
+        "arch": {"name": ARCH, "depth": C.depth, "width": C.width, "num_classes": C.num_classes},
+        "mean": mean,
+        "std": std,
         "dataset": dataset,
-        "class_names": json.dumps(list(class_names)),
-        "facts": json.dumps(facts),
+        "class_names": list(class_names),
+        "facts": facts,
     }
+    metadata = {FORMAT: json.dumps(about)}  # one key: safetensors writes several in any order
     tensors = {name: _published(tensor) for name, tensor in C.state_dict().items()}
     with files.atomic_write(path) as beside:
         safetensors.torch.save_file(tensors, beside, metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        beside.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
 
 
 def _published(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,7 +87,7 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> Cla
     file = classifier_file(path)
     metadata = read_metadata(file)
     try:
-        arch, mean, std = (json.loads(metadata[key]) for key in ("arch", "mean", "std"))
+        arch, mean, std = (metadata[key] for key in ("arch", "mean", "std"))
         if arch["name"] != ARCH:
             raise ValueError(f"arch {arch['name']!r}, expected {ARCH!r}")
         with torch.device("meta"):  # no weights are drawn: they come from the file
@@ -101,13 +112,19 @@ def classifier_file(path: str | Path) -> Path:
     return file
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata of a classifier file. Raises CheckpointError for any other file."""
+def read_metadata(file: Path) -> dict[str, Any]:
+    """What a classifier file says of itself: arch, mean, std, dataset, class_names, facts. Raises CheckpointError."""
     try:
         with safetensors.safe_open(file, "pt") as handle:
-            metadata: dict[str, str] = handle.metadata() or {}
+            metadata = handle.metadata() or {}
+    except PermissionError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{file}: not a safetensors file: {error}") from error
-    if metadata.get("format") != "puat-fast-classifier-1":
-        raise CheckpointError(f"{file}: not a classifier of puat-fast (no such metadata)")
-    return metadata
+    try:
+        about = json.loads(metadata[FORMAT])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a classifier of puat-fast (no such metadata)") from error
+    if not isinstance(about, dict) or not isinstance(about.get("dataset"), str):
+        raise CheckpointError(f"{file}: broken metadata: {about!r}")
+    return about

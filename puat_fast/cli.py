@@ -9,6 +9,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -54,8 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     2: wrong options. 130: interrupted, and saved.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    # Torch's threads spin only briefly before they sleep: as fast on an idle machine, and not halted by a busy one.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         code = _train(argv[1:]) if argv[:1] == ["train"] else _run_verb(argv)
         sys.stdout.flush()
@@ -67,10 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `puat-fast info | head`: the reader has left, so there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         code = _exit_code(error)
         if not code:
             raise
+        if _out_of_memory(error):
+            return _fail(argv, "out of memory; smaller networks or batches need less", code)
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         return _fail(argv, " ".join(text.split()), code)
 
@@ -79,9 +80,15 @@ def _exit_code(error: Exception) -> int:
     """1 for a failure, 2 for a wrong option, 0 for a mistake of ours, whose traceback is to be seen."""
     # A DataError is a ValueError, but the file is at fault, not the option that names it.
     late = _loaded("puat_fast.data.formats", "DataError") + _loaded("puat_fast.engine.trainer", "NonFiniteError")
-    if isinstance(error, (RunError, OSError, *late)):
+    if isinstance(error, (RunError, OSError, *late)) or _out_of_memory(error):
         return 1
     return 2 if isinstance(error, ValueError) else 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # torch.OutOfMemoryError is CUDA's; the CPU allocator raises a plain RuntimeError
+    kinds = _loaded("torch", "OutOfMemoryError")
+    return isinstance(error, (MemoryError, *kinds)) or "can't allocate memory" in str(error)
 
 
 def _loaded(module: str, name: str) -> tuple[type[Exception], ...]:
@@ -100,8 +107,11 @@ def _fail(argv: Sequence[str], message: str, code: int) -> int:
 def _spelled(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """The arguments, flags spelled as they are declared: - and _ are alike. Raises ConfigError for unknown flags."""
     known = {flag.replace("-", "_"): flag for flag in parser._option_string_actions if flag.startswith("--")}
-    spelled = []
+    spelled: list[str] = []
     for token in argv:
+        if re.match(r"-[\d.]", token) and spelled and spelled[-1].startswith("--") and "=" not in spelled[-1]:
+            spelled[-1] += f"={token}"  # a negative number, 8/255 too, which argparse would take for a flag
+            continue
         flag, equals, value = token.partition("=")
         name = flag.replace("-", "_")
         if flag.startswith("--") and name not in known:
@@ -221,9 +231,12 @@ def _eval(options: argparse.Namespace) -> int:
         interval = f"{100 * low:.2f} - {100 * high:.2f}"
         rows.append([name, f"{100 * found['accuracy']:.2f}", interval, str(found["n"]), f"{found['seconds']:.1f}"])
     _table(f"{result['run']} on {result['dataset']}", ["attack", "accuracy %", "95 % interval", "n", "seconds"], rows)
-    if options.path.is_dir():
-        _write_json(_eval_file(options, attacks), result)
     _write_json(options.json, result)
+    if options.path.is_dir():
+        try:
+            _write_json(_eval_file(options, attacks), result)
+        except OSError as error:  # somebody else's run
+            print(f"puat-fast: not kept in the run: {error.filename}: {error.strerror}", file=sys.stderr)
     return 0
 
 
@@ -329,6 +342,8 @@ def _at_least(low: int) -> Callable[[str], int]:
 
 def _check_target(file: Path | None) -> None:
     """Before the work, not after it: can the file be written? Raises ConfigError."""
+    if file is not None and file.is_dir():
+        raise ConfigError(f"{file}: is a folder, not a file to write")
     if file is not None and not os.access(file.absolute().parent, os.W_OK):
         raise ConfigError(f"{file}: cannot be written: no such folder, or no right to write there")
 

@@ -144,8 +144,8 @@ class ScheduleConfig:
     order: str = "DGAC"  # order of the updates in a step (paper, Algorithm 1: DACG)
     epoch_multiplier: int = 2  # steps per epoch = epoch_multiplier * ceil(N / (2 batch_size))
     steps_per_epoch: int | None = None  # overrides the line above
-    adv_start: float = 0.0  # stage-2 epoch from which r(t), the factor of the adversarial terms, rises from 0
-    adv_end: float = 10.0  # epoch at which r(t) reaches 1
+    adv_start: float = 0.0  # r(t), the factor of the adversarial terms, is 0 up to this epoch of stage 2
+    adv_end: float = 10.0  # from this epoch's end on r(t) is 1
 
 
 @dataclass(kw_only=True)
@@ -269,7 +269,10 @@ class Config:
     @classmethod
     def load(cls, path: str | Path) -> Config:
         """A resolved config.yaml, as a run directory holds it. Raises ConfigError, FileNotFoundError."""
-        return cls.from_dict(read_yaml(path))
+        try:
+            return cls.from_dict(read_yaml(path))
+        except ConfigError as error:
+            raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dict of every option: what config.yaml holds."""
@@ -317,10 +320,10 @@ _RANGES = {
     (0, 180): "augment.rotate_deg",
     (0, math.inf): "gan.lr attacker.clip attack.num_steps loss.uae_weight loss.rae_weight loss.gamma"
     " loss.consistency_weight schedule.adv_start schedule.adv_end pretrain.epochs pretrain.consistency_ramp optim.lr"
-    " optim.weight_decay log.sample_every log.checkpoint_every",
+    " optim.weight_decay log.sample_every",
     (1, math.inf): "data.n_labelled classifier.width gan.width gan.z_dim schedule.epochs schedule.n_disc"
     " schedule.epoch_multiplier schedule.steps_per_epoch pretrain.gan_start ema.warmup_images val.every"
-    " val.final_images log.interval",
+    " val.final_images log.interval log.checkpoint_every",
     (2, math.inf): "schedule.batch_size",
     (10, math.inf): "classifier.depth",
 }

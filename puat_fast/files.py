@@ -17,19 +17,25 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Write a file as a whole: `with atomic_write(path) as temp: torch.save(state, temp)`.
 
     Yields a path in the same folder; what the block wrote there replaces `path` when the block ends. When the block
-    raises, or is interrupted, `path` is as before and the temporary file is gone. Raises OSError.
+    raises, or is interrupted, `path` is as before and the temporary file is gone. Behind a link, what it points to is
+    replaced. A device or a pipe (/dev/stdout) is written to directly. Raises OSError naming `path`.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        yield path
+        return
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temp
         with open(temp, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temp, path)
-    except BaseException:
+    except BaseException as error:
         # Where the folder itself is the trouble there is nothing to remove, and the first error is the one to tell.
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:  # the user knows the file, not the temporary one
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     _sync_folder(path.parent)
 
@@ -37,7 +43,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def remove_stale(folder: Path) -> None:
     """Remove what a killed process left of `atomic_write` in a folder. Raises OSError."""
     for temp in folder.glob(".*.*.tmp"):
-        temp.unlink(missing_ok=True)
+        if temp.suffixes[-2][1:].isdigit():  # .NAME.PID.tmp: the others are not ours
+            temp.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

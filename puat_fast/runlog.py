@@ -191,7 +191,8 @@ class RunLog:
         old = holds_run(self.path)
         if old and not resume:
             raise RunError(f"{self.path}: holds a run already; --resume auto continues it, another --out starts afresh")
-        if old:
+        self.rows = read_metrics(self.path)
+        if old and (self.rows or (self.path / "checkpoints" / "last.pt").exists()):  # else there is nothing to continue
             _refuse_other_config(self.path, config)
         for name in ("checkpoints", "samples", "eval"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
@@ -199,7 +200,6 @@ class RunLog:
             files.remove_stale(folder)
         files.write_yaml(self.path / "config.yaml", config.to_dict())
         files.write_json(self.path / "env.json", _environment(self.path / "env.json"))
-        self.rows = read_metrics(self.path)
 
     def _write_rows(self) -> None:
         # Whole files, every time: a row is some hundred bytes, and a file that is always whole needs no repair.
@@ -237,14 +237,14 @@ def holds_run(path: Path) -> bool:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, one per epoch; none where it is not there. Raises ValueError when broken."""
+    """The rows of a run's metrics.jsonl, one per epoch; none where it is not there. Raises RunError when broken."""
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
         return []
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
-        raise ValueError(f"{path}: not a file of JSON lines: {error}") from error
+        raise RunError(f"{path}: not a file of JSON lines: {error}") from error
 
 
 def _refuse_other_config(path: Path, config: Config) -> None:
@@ -270,7 +270,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _environment(path: Path) -> dict[str, Any]:
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:  # a record, not worth refusing a run for
+        earlier = {}
     sessions = [*earlier.pop("earlier", []), earlier] if earlier else []  # a continued run tells all its environments
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"started": now, "command": sys.argv, "git": _git_sha(), **info.collect(), "earlier": sessions}

@@ -200,13 +200,13 @@ LIMITS = {  # lowest and highest accepted value
     **dict.fromkeys(
         ["gan.lr", "attacker.clip", "attack.num_steps", "loss.uae_weight", "loss.rae_weight", "loss.gamma",
          "loss.consistency_weight", "schedule.adv_start", "schedule.adv_end", "pretrain.epochs",
-         "pretrain.consistency_ramp", "optim.lr", "optim.weight_decay", "log.sample_every", "log.checkpoint_every"],
+         "pretrain.consistency_ramp", "optim.lr", "optim.weight_decay", "log.sample_every"],
         (0, math.inf),
     ),
     **dict.fromkeys(
         ["data.n_labelled", "classifier.width", "gan.width", "gan.z_dim", "schedule.epochs", "schedule.n_disc",
          "schedule.epoch_multiplier", "schedule.steps_per_epoch", "pretrain.gan_start", "ema.warmup_images",
-         "val.every", "val.final_images", "log.interval"], (1, math.inf),
+         "val.every", "val.final_images", "log.interval", "log.checkpoint_every"], (1, math.inf),
     ),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,24 @@ def test_remove_stale_takes_only_what_atomic_write_leaves(tmp_path: Path) -> Non
         (tmp_path / name).touch()
     files.remove_stale(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".hidden", "last.pt", "notes.tmp"]
+
+
+def test_a_device_is_written_to_and_stays_one() -> None:
+    files.write_text("/dev/null", "gone")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_text("/dev/full", "too much")
+
+
+def test_a_link_keeps_its_place(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    files.write_json(tmp_path / "link.json", 1)
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real.json").read_text() == "1\n"
+
+
+def test_stale_files_of_others_stay(tmp_path: Path) -> None:
+    for name in (".last.pt.123.tmp", ".other.program.tmp"):
+        (tmp_path / name).touch()
+    files.remove_stale(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".other.program.tmp"]

@@ -72,8 +72,21 @@ def test_resume_where_there_is_no_run_starts_one(tmp_path: Path) -> None:
     assert start(tmp_path / "run", resume=True).rows == []
 
 
-def test_resume_lists_the_options_that_differ(tmp_path: Path) -> None:
+def started(path: Path, **options: Any) -> None:
+    """A run of one epoch: there is something to continue."""
+    log = start(path, **options)
+    log.epoch({"stage": 1, "epoch": 1})
+    log.close()
+
+
+def test_a_run_that_came_to_nothing_may_be_resumed_with_other_options(tmp_path: Path) -> None:
     start(tmp_path, loss={"gamma": 0.5}).close()
+    start(tmp_path, resume=True, loss={"gamma": 0.1}).close()
+    assert Config.load(tmp_path / "config.yaml").loss.gamma == 0.1
+
+
+def test_resume_lists_the_options_that_differ(tmp_path: Path) -> None:
+    started(tmp_path, loss={"gamma": 0.5})
     before = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(RunError) as caught:
         start(tmp_path, resume=True, seed=9)
@@ -88,7 +101,7 @@ def test_resume_may_change_where_things_are_and_how_often_is_logged(tmp_path: Pa
 
 
 def test_resume_of_a_run_of_another_version_names_the_options(tmp_path: Path) -> None:
-    start(tmp_path).close()
+    started(tmp_path)
     text = (tmp_path / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(text.replace("seed: 1\n", "") + "old_option: 3\n")
     with pytest.raises(RunError, match=r"old_option was 3, is None; seed was None, is 1"):
@@ -155,7 +168,7 @@ def test_resume_goes_on_after_the_rows_of_the_checkpoint(tmp_path: Path) -> None
 def test_metrics_of_no_run_and_broken_ones(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl"):
         read_metrics(tmp_path)
 
 

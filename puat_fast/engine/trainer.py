@@ -25,9 +25,10 @@ from puat_fast.engine.samples import sample_rows
 from puat_fast.engine.signals import StopSignal
 from puat_fast.engine.stats import NonFiniteError
 from puat_fast.engine.step import Engine
+from puat_fast.methods import METHODS
 from puat_fast.networks import Networks
 from puat_fast.noise import Noise
-from puat_fast.runlog import RunLog
+from puat_fast.runlog import RunError, RunLog
 
 __all__ = ["Loader", "NonFiniteError", "Run", "Trainer"]
 
@@ -76,7 +77,10 @@ def resolve_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises ConfigError for a CUDA device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: {name!r} is not one of auto, cpu, cuda, cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
     return device
@@ -141,23 +145,27 @@ class Trainer:
         engine, E = self.engine, self.engine.steps_per_epoch
         total = sum(self._epochs(stage) * E for stage in engine.method.stages)
         done = engine.step_in_stage + (self._epochs(1) * E if engine.stage == 2 and 1 in engine.method.stages else 0)
-        with self.log, StopSignal() as stop:
+        with self.log:
             self.log.start(total, done)
             if not len(self.val[1]):
                 self.log.message("no validation images: the last epoch is kept, there is no early stopping")
-            while True:
-                while engine.step_in_stage < engine.epochs * E:
-                    self._step()
-                    if engine.step_in_stage % E == 0:
-                        self._end_epoch()
-                    if stop.name:
-                        self._save("last")
-                        raise KeyboardInterrupt(f"stopped by {stop.name}, saved; --resume {self.path} continues")
-                if engine.stage == 2:
-                    break
-                engine.begin_stage2()
-                self.loader = self._make_loader()
+            with StopSignal() as stop:
+                if engine.stage == 1:
+                    self._run_stage(stop)
+                    engine.begin_stage2()
+                    self.loader = self._make_loader()
+                self._run_stage(stop)
             return self._finish()
+
+    def _run_stage(self, stop: StopSignal) -> None:
+        engine, E = self.engine, self.engine.steps_per_epoch
+        while engine.step_in_stage < engine.epochs * E:
+            self._step()
+            if engine.step_in_stage % E == 0:
+                self._end_epoch()
+            if stop.name:
+                self._save("last")
+                raise KeyboardInterrupt(f"stopped by {stop.name}, saved; --resume {self.path} continues")
 
     def _epochs(self, stage: int) -> int:
         return self.config.pretrain.epochs if stage == 1 else self.config.schedule.epochs
@@ -193,13 +201,13 @@ class Trainer:
             self._save_classifier(epoch, row.get("val_robust_acc"))
         if epoch % c.log.checkpoint_every == 0 or last:
             self._save("last")
-        if c.method == "puat" and (last or (c.log.sample_every and epoch % c.log.sample_every == 0)):
+        if engine.method.has_generator and (last or (c.log.sample_every and epoch % c.log.sample_every == 0)):
             self._save_samples(f"stage{engine.stage}-epoch{epoch:03d}.png", epoch)
         plots.save_curves(self.path / "curves.png", self.log.rows)
 
     def _is_best(self, robust_acc: float | None, epoch: int) -> bool:
-        """`regular`, and runs without validation images, keep the last epoch."""
-        keeps_last = self.config.method == "regular" or not len(self.val[1])
+        """Methods without early stopping, and runs without validation images, keep the last epoch."""
+        keeps_last = not self.engine.method.early_stopping or not len(self.val[1])
         if not keeps_last and (robust_acc is None or robust_acc < self.best.robust_acc):
             return False
         self.best = Best(-1.0 if robust_acc is None else robust_acc, epoch)
@@ -232,7 +240,7 @@ class Trainer:
         labelled = self.split.labelled_all if everything else self.split.labelled
         seed = _stream(c.seed, SAMPLER_STREAM + 10 * stage)
         sampler: LabelledSampler | SemiSupervisedSampler
-        if c.method == "regular":
+        if not self.engine.method.needs_unlabelled:
             sampler = LabelledSampler(labelled, c.schedule.batch_size, seed)
         else:
             unlabelled = self.split.unlabelled if c.data.use_unlabelled else self.split.unlabelled[:0]
@@ -272,14 +280,19 @@ class Trainer:
     def _resume(self) -> None:
         file = self.path / "checkpoints" / "last.pt"
         if not file.exists():
-            self.log.rewind(0)
+            if self.log.rows:
+                raise RunError(f"{file}: is missing, so the run cannot be continued; choose another --out")
             return
         state = checkpoint.load(file)
-        self.engine.load_state_dict(state["engine"])
-        self.loader = self._make_loader()
-        self.loader.load_state_dict(state["loader"])
-        self.best = Best(**state["best"])
-        self.log.rewind(state["rows"])
+        try:
+            self.engine.load_state_dict(state["engine"])
+            self.loader = self._make_loader()
+            self.loader.load_state_dict(state["loader"])
+            self.best, rows = Best(**state["best"]), state["rows"]
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise checkpoint.CheckpointError(f"{file}: of another configuration or other data: {reason}") from error
+        self.log.rewind(rows)
         self.log.message(f"resuming at stage {self.engine.stage}, step {self.engine.step_in_stage} of the stage")
 
 
@@ -294,7 +307,7 @@ def steps_per_epoch(config: Config, split: Split) -> int:
 
 def _check_split(split: Split, config: Config) -> None:
     """Labels without which nothing can be trained. Raises ConfigError."""
-    if config.method == "puat" and config.data.use_unlabelled and not len(split.unlabelled):
+    if METHODS[config.method].needs_unlabelled and config.data.use_unlabelled and not len(split.unlabelled):
         raise ConfigError(
             f"data.n_labelled: {config.data.n_labelled} leaves no unlabelled image; "
             "set data.use_unlabelled false to train without"

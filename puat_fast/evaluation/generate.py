@@ -12,6 +12,7 @@ from puat_fast.config import Config, ConfigError
 from puat_fast.data.formats import load_dataset
 from puat_fast.engine.samples import sample_rows
 from puat_fast.engine.trainer import DTYPES, resolve_device
+from puat_fast.methods import METHODS
 from puat_fast.networks import Networks
 from puat_fast.noise import Noise
 
@@ -26,17 +27,23 @@ def generate_run(path: Path, grid: Path, per_class: int, seed: int, device: str)
     if not config_file.exists():
         raise checkpoint.CheckpointError(f"{path}: not a run directory (no config.yaml)")
     config = Config.load(config_file)
-    if config.method != "puat":
+    if not METHODS[config.method].has_generator:
         raise ConfigError(f"{path}: a run of method {config.method} has no generator, only puat has one")
     best = path / "checkpoints" / "best.pt"
     state = checkpoint.load(best if best.exists() else path / "checkpoints" / "last.pt")
     dataset = load_dataset(config.dataset, config.data_dir)
     noise = Noise(seed, resolve_device(device), DTYPES[config.precision])
     nets = Networks.build(config, dataset.num_classes, noise)
-    for name, net in nets.items():
-        net.load_state_dict(state["engine"]["networks"][name])
+    try:
+        for name, net in nets.items():
+            net.load_state_dict(state["engine"]["networks"][name])
+        with_uae = state["engine"]["stage"] == 2
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(
+            f"{path}: its checkpoint is of another configuration than its config.yaml"
+        ) from error
     images, labels = torch.tensor(dataset.test.images), torch.tensor(dataset.test.labels)
-    rows = sample_rows(nets, config, images, labels, per_class=per_class, seed=seed)
+    rows = sample_rows(nets, config, images, labels, per_class=per_class, seed=seed, with_uae=with_uae)
     plots.save_grid(grid, rows, f"{config.dataset}: verdicts of C', seed {seed}")
     right = {row.label: sum(row.good or ()) / len(row.images) for row in rows}
     return {"grid": str(grid), "num_classes": dataset.num_classes, "per_class": per_class, "accuracy": right}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -43,6 +43,9 @@ class Method(Protocol):
     """What the engine runs."""
 
     stages: tuple[int, ...]  # 1 = pretraining, 2 = training
+    needs_unlabelled: ClassVar[bool]  # its batches have an unlabelled half
+    early_stopping: ClassVar[bool]  # keeps the epoch of the best validation, else the last one
+    has_generator: ClassVar[bool]  # there are pictures to show
 
     def phases(self, stage: int, epoch: int) -> list[Phase]:
         """The updates of one step, in order; sets the networks' modes for the step."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ from puat_fast.noise import Noise
 
 class Puat:
     """The method of the paper; `config` decides wherever paper and official code differ (spec 1.10)."""
+
+    needs_unlabelled: ClassVar[bool] = True
+    early_stopping: ClassVar[bool] = True
+    has_generator: ClassVar[bool] = True
 
     def __init__(self, config: Config, nets: Networks, noise: Noise, report: Report) -> None:
         self.config, self.noise, self.report = config, noise, report
@@ -114,48 +119,59 @@ class Puat:
 
     def classifier(self, batch: StepBatch, s: Scalars, k: int) -> Iterator[Tensor]:
         """L_C = CE(C(x_l),y_l) + a MSE + r [lambda CE(C(x_uae),y_l) + w CE(C(x_rae),y_m) - gamma mean sum_k p D]."""
-        loss, b = self.config.loss, batch.C
-        if s.adv_ramp == 0:  # before adv_start: the mean teacher alone, as in stage 1
+        if s.adv_ramp == 0:  # up to adv_start: the mean teacher alone, as in stage 1
             yield from self.classifier_pretrain(batch, s, k)
             return
+        b, terms = batch.C, dict[str, Tensor]()
+        yield self._uae_term(b, s, terms)
+        clean, x_m, y_m = self._clean_terms(b, s, terms)
+        yield clean
+        terms["C/rae"] = torch.zeros_like(clean)
+        if self.config.loss.rae_weight > 0:
+            yield self._rae_term(b, x_m, y_m, s, terms)
+        total = sum(value for name, value in terms.items() if not name.endswith("_acc"))
+        self._report(*terms.items(), ("C/loss", torch.as_tensor(total)))
 
+    def _uae_term(self, b: SemiBatch, s: Scalars, terms: dict[str, Tensor]) -> Tensor:
+        """r lambda CE_ls(C(x_uae), y_l) (eq 16)."""
         with torch.no_grad():
             x_uae = self._uae(self._z_uae(b), b.y_l)
-        logits_uae = self.C(x_uae)
-        uae = s.adv_ramp * loss.uae_weight * L.cross_entropy(logits_uae, b.y_l, loss.label_smoothing)  # eq 16
-        yield uae
+        logits = self.C(x_uae)
+        uae = s.adv_ramp * self.config.loss.uae_weight * self._ce(logits, b.y_l)
+        terms |= {"C/uae": uae, "C/uae_acc": L.accuracy(logits, b.y_l)}
+        return uae
 
+    def _clean_terms(self, b: SemiBatch, s: Scalars, terms: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """CE_ls(C(x_l), y_l) + a MSE - r gamma mean sum_k p D(x_u, k) (eqs 12, 13, 15); also the mixed batch."""
         logits_l = self.C(b.x_l)
         logits_u = logits_l if b.x_u is None else self.C(b.x_u)
         x_u = b.x_l if b.x_u is None else b.x_u
         with torch.no_grad():
             d_u = self.D(x_u)
             x_m, y_m = self._mixed(b, x_u, logits_u)
-        sup = L.cross_entropy(logits_l, b.y_l, loss.label_smoothing)  # eq 12
-        con = self._consistency(s.consistency_weight, b, x_m, logits_l, logits_u)  # eq 13
-        fake = s.adv_ramp * loss.gamma * L.classifier_vs_discriminator(logits_u.softmax(1), d_u)  # eq 15
-        yield sup + con + fake
+        sup = self._ce(logits_l, b.y_l)
+        con = self._consistency(s.consistency_weight, b, x_m, logits_l, logits_u)
+        fake = s.adv_ramp * self.config.loss.gamma * L.classifier_vs_discriminator(logits_u.softmax(1), d_u)
+        terms |= {"C/sup": sup, "C/con": con, "C/fake": fake, "C/clean_acc": L.accuracy(logits_l, b.y_l)}
+        return sup + con + fake, x_m, y_m
 
-        rae = torch.zeros_like(sup)  # eq 17
-        if loss.rae_weight > 0:
-            if self.config.rae.source == "labelled":
-                x_m, y_m = b.x_l, b.y_l
-            factor = loss.uae_weight if loss.rae_weight_mode == "lambda_times" else 1.0
-            logits_rae = self.C(self._rae(x_m, y_m))
-            rae = s.adv_ramp * factor * loss.rae_weight * L.cross_entropy(logits_rae, y_m, loss.label_smoothing)
-            yield rae
-            y_report = b.y_l if self.config.rae.accuracy_labels == "y_l" else y_m
-            self._report(("C/rae_acc", L.accuracy(logits_rae, y_report)))
-
-        self._report(("C/sup", sup), ("C/con", con), ("C/fake", fake), ("C/uae", uae), ("C/rae", rae),
-                     ("C/loss", uae + sup + con + fake + rae), ("C/clean_acc", L.accuracy(logits_l, b.y_l)),
-                     ("C/uae_acc", L.accuracy(logits_uae, b.y_l)))  # fmt: skip
+    def _rae_term(self, b: SemiBatch, x_m: Tensor, y_m: Tensor, s: Scalars, terms: dict[str, Tensor]) -> Tensor:
+        """r w CE_ls(C(x_rae), y_m), w = beta or lambda beta (eq 17)."""
+        loss, rae = self.config.loss, self.config.rae
+        if rae.source == "labelled":
+            x_m, y_m = b.x_l, b.y_l
+        weight = loss.rae_weight * (loss.uae_weight if loss.rae_weight_mode == "lambda_times" else 1)
+        logits = self.C(self._rae(x_m, y_m))
+        value = s.adv_ramp * weight * self._ce(logits, y_m)
+        y_report = b.y_l if rae.accuracy_labels == "y_l" else y_m
+        terms |= {"C/rae": value, "C/rae_acc": L.accuracy(logits, y_report)}
+        return value
 
     def classifier_pretrain(self, batch: StepBatch, s: Scalars, k: int) -> Iterator[Tensor]:
         """Stage 1: CE_ls(C(x_l), y_l) + a(t) MSE, the mean teacher; C(x_m) is a forward of its own."""
-        loss, b, a = self.config.loss, batch.C, s.consistency_weight
+        b, a = batch.C, s.consistency_weight
         logits_l = self.C(b.x_l)
-        sup = L.cross_entropy(logits_l, b.y_l, loss.label_smoothing)
+        sup = self._ce(logits_l, b.y_l)
         con = torch.zeros_like(sup)
         if a > 0:
             x_c = self._consistency_images(b)
@@ -214,6 +230,10 @@ class Puat:
             return ascend(C, x, start, loss, eps=a.eps, step_size=a.step_size, num_steps=a.num_steps)
         with frozen_running_stats(C) if rae.bn == "train_frozen" else eval_mode(C):
             return ascend(C, x, start, loss, eps=a.eps, step_size=a.step_size, num_steps=a.num_steps)
+
+    def _ce(self, logits: Tensor, y: Tensor) -> Tensor:
+        """CE_ls, with the label smoothing of C's losses."""
+        return L.cross_entropy(logits, y, self.config.loss.label_smoothing)
 
     # -- shared -------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,6 +19,9 @@ class Regular:
     """Standard training of C; one stage, the last epoch is evaluated."""
 
     stages: tuple[int, ...] = (2,)
+    needs_unlabelled: ClassVar[bool] = False
+    early_stopping: ClassVar[bool] = False
+    has_generator: ClassVar[bool] = False
 
     def __init__(self, config: Config, nets: Networks, noise: Noise, report: Report) -> None:
         self.config, self.C, self.C_ema, self.report = config, nets.C, nets.C_ema, report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ def test_other_data_are_refused(tmp_path):
     config = run_config(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
         Trainer(config, dataset=tiny_dataset(), on_step=stop_at(1, signal.SIGINT)).fit()
-    with pytest.raises(ValueError, match="sampler state: its labelled, unlabelled and batch sizes"):
+    with pytest.raises(RunError, match="other data: sampler state: its labelled, unlabelled and batch sizes"):
         Trainer(config, resume="auto", dataset=tiny_dataset(train=60)).fit()
 
 
@@ -187,6 +188,25 @@ def test_a_broken_checkpoint_is_told_and_left(tmp_path):
     file = tmp_path / "run" / "checkpoints" / "last.pt"
     os.truncate(file, file.stat().st_size // 2)
     broken = file.read_bytes()
-    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt: not a checkpoint that can be read"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt: broken, or not a checkpoint"):
         Trainer(config, resume="auto", dataset=tiny_dataset()).fit()
     assert file.read_bytes() == broken
+
+
+def test_rows_without_a_checkpoint_are_not_overwritten(tmp_path):
+    """A finished run whose last.pt is gone must not be trained again from step 0, over its own metrics."""
+    config = run_config(tmp_path / "run")
+    Trainer(config, dataset=tiny_dataset()).fit()
+    (tmp_path / "run" / "checkpoints" / "last.pt").unlink()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(RunError, match=r"last\.pt: is missing"):
+        Trainer(config, "auto", dataset=tiny_dataset()).fit()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_configuration_is_told(tmp_path):
+    Trainer(run_config(tmp_path / "a"), dataset=tiny_dataset()).fit()
+    Trainer(run_config(tmp_path / "b", gan={"width": 16}), dataset=tiny_dataset()).fit()
+    shutil.copy(tmp_path / "b" / "checkpoints" / "last.pt", tmp_path / "a" / "checkpoints" / "last.pt")
+    with pytest.raises(RunError, match=r"last\.pt: of another configuration"):
+        Trainer(run_config(tmp_path / "a"), "auto", dataset=tiny_dataset()).fit()

@@ -46,7 +46,7 @@ def test_missing(tmp_path):
 def test_truncated(run, tmp_path, part):
     whole = (run / "checkpoints" / "last.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(whole[: part if isinstance(part, int) else int(len(whole) * part)])
-    with pytest.raises(CheckpointError, match=r"last\.pt: not a checkpoint that can be read"):
+    with pytest.raises(CheckpointError, match=r"last\.pt: broken, or not a checkpoint"):
         checkpoint.load(tmp_path / "last.pt")
 
 
@@ -58,7 +58,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, how):
         file.write_bytes(pickle.dumps(state))
     else:
         torch.save(state, file, _use_new_zipfile_serialization=how == "torch")
-    with pytest.raises(CheckpointError, match=r"last\.pt: not a checkpoint that can be read"):
+    with pytest.raises(CheckpointError, match=r"last\.pt: broken, or not a checkpoint"):
         checkpoint.load(file)
     assert not trace.exists()
 
@@ -108,8 +108,14 @@ def test_round_trip(tmp_path):
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert loaded.normalisation == C.normalisation and loaded.augment is None
     metadata = checkpoint.read_metadata(file)
-    assert metadata["dataset"] == "digits" and json.loads(metadata["class_names"]) == ["a", "b", "c"]
-    assert json.loads(metadata["facts"]) == {"epoch": 3, "val_robust_acc": None}
+    assert metadata["dataset"] == "digits" and metadata["class_names"] == ["a", "b", "c"]
+    assert metadata["facts"] == {"epoch": 3, "val_robust_acc": None}
+    again = tmp_path / "again.safetensors"
+    checkpoint.save_classifier(again, C, "digits", ["a", "b", "c"], {"epoch": 3, "val_robust_acc": None})
+    assert again.read_bytes() == file.read_bytes()  # equal runs write equal files
+    umask = os.umask(0)
+    os.umask(umask)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_load_from_a_run_and_from_python(run):
@@ -141,17 +147,17 @@ def test_a_pickle_in_place_of_a_classifier_is_not_run(tmp_path):
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {checkpoint.FORMAT: "not json"}])
 def test_foreign_safetensors(tmp_path, metadata):
     safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "c.safetensors", metadata)
     with pytest.raises(CheckpointError, match="not a classifier of puat-fast"):
         checkpoint.load_classifier(tmp_path / "c.safetensors")
 
 
-def rewritten(run: Path, file: Path, tensors: dict | None = None, **metadata: str) -> Path:
+def rewritten(run: Path, file: Path, tensors: dict | None = None, **about: Any) -> Path:
     source = run / "classifier.safetensors"
-    old = checkpoint.read_metadata(source)
-    safetensors.torch.save_file(tensors or safetensors.torch.load_file(source), file, old | metadata)
+    metadata = {checkpoint.FORMAT: json.dumps(checkpoint.read_metadata(source) | about)}
+    safetensors.torch.save_file(tensors or safetensors.torch.load_file(source), file, metadata)
     return file
 
 
@@ -164,14 +170,15 @@ def test_weights_that_do_not_fit(run, tmp_path):
 @pytest.mark.parametrize(
     "metadata",
     [
-        {"arch": "{}"},
-        {"arch": "not json"},
-        {"arch": '{"name": "wrn-swish", "depth": 11, "width": 1, "num_classes": 10}'},
-        {"arch": '{"name": "resnet", "depth": 10, "width": 1, "num_classes": 10}'},
-        {"mean": "[1, 2]"},
-        {"std": "null"},
+        {"arch": {}},
+        {"arch": "a text"},
+        {"arch": {"name": "wrn-swish", "depth": 11, "width": 1, "num_classes": 10}},
+        {"arch": {"name": "resnet", "depth": 10, "width": 1, "num_classes": 10}},
+        {"mean": [1, 2]},
+        {"std": None},
+        {"dataset": None},
     ],
-    ids=lambda m: "-".join(m) + str(len(next(iter(m.values())))),
+    ids=str,
 )
 def test_broken_metadata(run, tmp_path, metadata):
     """A file that says it is ours and is not: a CheckpointError that names it, no KeyError out of the loader."""
