@@ -115,7 +115,8 @@ def _spelled(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
         flag, equals, value = token.partition("=")
         name = flag.replace("-", "_")
         if flag.startswith("--") and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            # --eps for --attack.eps: the group forgotten is the likeliest mistake
+            close = [full for full in known if full.endswith(f".{name[2:]}")] or difflib.get_close_matches(name, known)
             raise ConfigError(f"{flag}: no such option" + (f"; did you mean {known[close[0]]}?" if close else ""))
         spelled.append(known[name] + equals + value if flag.startswith("--") else token)
     return spelled

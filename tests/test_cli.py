@@ -107,6 +107,7 @@ def test_texts_become_values(trainer: Trained, flag: str, text: str, key: str, v
 
 @pytest.mark.parametrize("argv, says", [
     (["--los.gamma", "1"], "--los.gamma: no such option; did you mean --loss.gamma?"),
+    (["--eps", "1"], "--eps: no such option; did you mean --attack.eps?"),
     (["--data-dri=x"], "--data-dri: no such option; did you mean --data-dir?"),
     (["--preset", "papr"], "preset: 'papr' is not one of paper, official-v1; did you mean paper?"),
     (["--rae.init", "gaus"], "rae.init: 'gaus' is not one of gauss, uniform; did you mean gauss?"),
