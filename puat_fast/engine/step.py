@@ -19,6 +19,7 @@ from puat_fast.engine import ema, optim, schedules
 from puat_fast.engine.stats import NonFiniteError, Stats
 from puat_fast.methods import METHODS, Method, Phase, Scalars
 from puat_fast.networks import Networks
+from puat_fast.networks.classifier import BN_MOMENTUM
 from puat_fast.noise import Noise
 
 
@@ -102,7 +103,7 @@ class Engine:
         return Scalars(
             lr=lr,
             momentum=momentum,
-            bn_momentum=1.0 if t == 1 else 0.01,
+            bn_momentum=1.0 if t == 1 else BN_MOMENTUM,
             ema_decay=self._ema_decay(t),
             adv_ramp=adv_ramp,
             consistency_weight=c.loss.consistency_weight * con_ramp,

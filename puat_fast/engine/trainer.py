@@ -93,7 +93,7 @@ def run_path(config: Config) -> Path:
 
 
 class Trainer:
-    """Trains by `config` and fills a run directory (design: README, "What a run writes").
+    """Trains by `config` and fills a run directory (README, "What a run writes").
 
     resume: continue the run in the run directory, if there is one ("auto", or its path). The other arguments replace
     parts of the trainer, for tests and experiments: see puat_fast.testing. Raises ConfigError, DataError, RunError.

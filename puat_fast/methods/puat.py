@@ -8,7 +8,7 @@ sees to it), so that each update computes only the gradients that it uses.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -68,7 +68,7 @@ class Puat:
         yield real
 
         with torch.no_grad(), eval_mode(self.C):
-            x_u = b.x_l if b.x_u is None else b.x_u
+            x_u = self._x_u(b)
             x_g = self.G(self._z(b), b.y_l)
             p = self.C(x_u).softmax(1)
         d_fake_g = self.D(x_g, b.y_l)
@@ -129,8 +129,8 @@ class Puat:
         terms["C/rae"] = torch.zeros_like(clean)
         if self.config.loss.rae_weight > 0:
             yield self._rae_term(b, x_m, y_m, s, terms)
-        total = sum(value for name, value in terms.items() if not name.endswith("_acc"))
-        self._report(*terms.items(), ("C/loss", torch.as_tensor(total)))
+        total = sum((value for name, value in terms.items() if not name.endswith("_acc")), torch.zeros_like(clean))
+        self._report(*terms.items(), ("C/loss", total))
 
     def _uae_term(self, b: SemiBatch, s: Scalars, terms: dict[str, Tensor]) -> Tensor:
         """r lambda CE_ls(C(x_uae), y_l) (eq 16)."""
@@ -145,12 +145,11 @@ class Puat:
         """CE_ls(C(x_l), y_l) + a MSE - r gamma mean sum_k p D(x_u, k) (eqs 12, 13, 15); also the mixed batch."""
         logits_l = self.C(b.x_l)
         logits_u = logits_l if b.x_u is None else self.C(b.x_u)
-        x_u = b.x_l if b.x_u is None else b.x_u
         with torch.no_grad():
-            d_u = self.D(x_u)
-            x_m, y_m = self._mixed(b, x_u, logits_u)
+            d_u = self.D(self._x_u(b))
+            x_m, y_m = self._mixed(b, logits_u)
         sup = self._ce(logits_l, b.y_l)
-        con = self._consistency(s.consistency_weight, b, x_m, logits_l, logits_u)
+        con = self._consistency(s.consistency_weight, b, logits_l, logits_u)
         fake = s.adv_ramp * self.config.loss.gamma * L.classifier_vs_discriminator(logits_u.softmax(1), d_u)
         terms |= {"C/sup": sup, "C/con": con, "C/fake": fake, "C/clean_acc": L.accuracy(logits_l, b.y_l)}
         return sup + con + fake, x_m, y_m
@@ -174,7 +173,7 @@ class Puat:
         sup = self._ce(logits_l, b.y_l)
         con = torch.zeros_like(sup)
         if a > 0:
-            x_c = self._consistency_images(b)
+            x_c = self._x_c(b)
             p_teacher = self._teacher(x_c)
             logits_c = logits_l if b.x_u is None else self.C(x_c)
             con = a * L.consistency(logits_c.softmax(1), p_teacher, self.config.consistency.reduce)
@@ -182,30 +181,27 @@ class Puat:
         self._report(("C/sup", sup), ("C/con", con), ("C/loss", sup + con),
                      ("C/clean_acc", L.accuracy(logits_l, b.y_l)))  # fmt: skip
 
-    def _mixed(self, b: SemiBatch, x_u: Tensor, logits_u: Tensor) -> tuple[Tensor, Tensor]:
-        """x_m = [x_l[:n_l], x_u[n_l:]], y_m = [y_l[:n_l], argmax C(x_u)[n_l:]], n_l = B - int(B f)."""
-        pseudo = self.config.pseudo
+    def _mixed(self, b: SemiBatch, logits_u: Tensor) -> tuple[Tensor, Tensor]:
+        """x_m, and y_m = [y_l[:n_l], argmax C(x_u)[n_l:]]; logits_u: those of C(x_u) at hand."""
+        pseudo, x_u = self.config.pseudo, self._x_u(b)
         if pseudo.forward == "extra":  # another draw of the augmentation, another update of the running statistics
             logits_u = self.C(x_u)
         elif pseudo.forward == "eval":
             with eval_mode(self.C):
                 logits_u = self.C(x_u)
         n_l = self._n_labelled(b)
-        x_m = torch.cat([b.x_l[:n_l], x_u[n_l:]])
         if b.x_u is None and not pseudo.relabel_labelled:
-            return x_m, b.y_l
-        return x_m, torch.cat([b.y_l[:n_l], logits_u.argmax(1)[n_l:]])
+            return self._x_m(b), b.y_l
+        return self._x_m(b), torch.cat([b.y_l[:n_l], logits_u.argmax(1)[n_l:]])
 
-    def _consistency(self, a: float, b: SemiBatch, x_m: Tensor, logits_l: Tensor, logits_u: Tensor) -> Tensor:
+    def _consistency(self, a: float, b: SemiBatch, logits_l: Tensor, logits_u: Tensor) -> Tensor:
         """a(t) MSE(p_C, p_C'), with C's logits from the forwards at hand."""
-        if self.config.consistency.source == "mixed":
-            n_l, x_c = self._n_labelled(b), x_m
-            logits_c = torch.cat([logits_l[:n_l], logits_u[n_l:]])
-        else:
-            x_c, logits_c = (b.x_l if b.x_u is None else b.x_u), logits_u
-        p_teacher = self._teacher(x_c)
+        n_l = self._n_labelled(b)
+        mixed = self.config.consistency.source == "mixed"
+        logits_c = torch.cat([logits_l[:n_l], logits_u[n_l:]]) if mixed else logits_u
+        p_teacher = self._teacher(self._x_c(b))
         if a == 0:
-            return torch.zeros((), device=x_c.device, dtype=x_c.dtype)
+            return torch.zeros((), device=logits_c.device, dtype=logits_c.dtype)
         return a * L.consistency(logits_c.softmax(1), p_teacher, self.config.consistency.reduce)
 
     @torch.no_grad()
@@ -215,27 +211,35 @@ class Puat:
         with frozen_running_stats(self.C_ema) if averaged else nullcontext():
             return self.C_ema(x).softmax(1)
 
-    def _consistency_images(self, b: SemiBatch) -> Tensor:
-        if b.x_u is None:
-            return b.x_l
-        n_l = self._n_labelled(b)
-        return torch.cat([b.x_l[:n_l], b.x_u[n_l:]]) if self.config.consistency.source == "mixed" else b.x_u
-
     def _rae(self, x: Tensor, y: Tensor) -> Tensor:
         """x_rae: PGD on C from x, CE_0, with C's BatchNorm as `rae.bn` says."""
         a, rae = self.config.attack, self.config.rae
         start = gauss_start(x, self.noise) if rae.init == "gauss" else uniform_start(x, a.eps, self.noise)
-        C, loss = self.C, attack_loss("ce", y)
-        if rae.bn == "train":
-            return ascend(C, x, start, loss, eps=a.eps, step_size=a.step_size, num_steps=a.num_steps)
-        with frozen_running_stats(C) if rae.bn == "train_frozen" else eval_mode(C):
-            return ascend(C, x, start, loss, eps=a.eps, step_size=a.step_size, num_steps=a.num_steps)
+        modes: dict[str, AbstractContextManager[None]] = {
+            "train": nullcontext(), "train_frozen": frozen_running_stats(self.C), "eval": eval_mode(self.C)
+        }  # fmt: skip
+        loss = attack_loss("ce", y)
+        with modes[rae.bn]:
+            return ascend(self.C, x, start, loss, eps=a.eps, step_size=a.step_size, num_steps=a.num_steps)
+
+    # -- shared -------------------------------------------------------------------------------------------------
 
     def _ce(self, logits: Tensor, y: Tensor) -> Tensor:
         """CE_ls, with the label smoothing of C's losses."""
         return L.cross_entropy(logits, y, self.config.loss.label_smoothing)
 
-    # -- shared -------------------------------------------------------------------------------------------------
+    def _x_u(self, b: SemiBatch) -> Tensor:
+        """x_u; without unlabelled data x_u := x_l."""
+        return b.x_l if b.x_u is None else b.x_u
+
+    def _x_m(self, b: SemiBatch) -> Tensor:
+        """x_m = [x_l[:n_l], x_u[n_l:]], n_l = B - int(B f)."""
+        n_l = self._n_labelled(b)
+        return torch.cat([b.x_l[:n_l], self._x_u(b)[n_l:]])
+
+    def _x_c(self, b: SemiBatch) -> Tensor:
+        """The images of the consistency term: x_m, or x_u, as `consistency.source` says."""
+        return self._x_m(b) if self.config.consistency.source == "mixed" else self._x_u(b)
 
     def _n_labelled(self, b: SemiBatch) -> int:
         return len(b.y_l) - int(len(b.y_l) * self.config.data.mix_frac)

@@ -25,7 +25,7 @@ def test_mix_frac_is_truncated(mix_frac, n_u):
     images = torch.arange(256.0).div(255).view(256, 1, 1, 1).expand(-1, 3, 32, 32)
     y = torch.zeros(256, dtype=torch.int64)
     logits_u = torch.zeros(256, K).index_fill(1, torch.tensor([2]), 1.0)
-    x_m, y_m = engine.method._mixed(SemiBatch(images, y, 1 - images), 1 - images, logits_u)
+    x_m, y_m = engine.method._mixed(SemiBatch(images, y, 1 - images), logits_u)
     n_l = 256 - n_u
     assert torch.equal(x_m, torch.cat([images[:n_l], (1 - images)[n_l:]]))
     assert y_m.tolist() == [0] * n_l + [2] * n_u
@@ -42,7 +42,7 @@ def test_rows_of_the_mixed_batch_have_their_own_labels():
     engine = tiny_engine(tiny_config())
     b = tiny_batch().C
     logits = torch.eye(K)[[2, 0, 1, 2]] * 5
-    x_m, y_m = engine.method._mixed(b, b.x_u, logits)
+    x_m, y_m = engine.method._mixed(b, logits)
     assert torch.equal(x_m, torch.cat([b.x_l[:2], b.x_u[2:]]))
     assert y_m.tolist() == [*b.y_l[:2].tolist(), 1, 2]
 
@@ -137,7 +137,7 @@ def test_relabel_labelled(relabel):
     config = tiny_config("paper", data={"use_unlabelled": False}, pseudo={"relabel_labelled": relabel})
     engine, b = tiny_engine(config), tiny_batch(unlabelled=False).C
     wrong = (b.y_l + 1) % K
-    x_m, y_m = engine.method._mixed(b, b.x_l, torch.eye(K)[wrong])
+    x_m, y_m = engine.method._mixed(b, torch.eye(K)[wrong])
     assert torch.equal(x_m, b.x_l)
     expected = torch.cat([b.y_l[:B], wrong[B:]]) if relabel else b.y_l
     assert torch.equal(y_m, expected)
