@@ -6,7 +6,10 @@ cd "$(dirname "$0")/.."
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 for sanitizer in address,undefined thread; do
-  "${CXX:-c++}" -std=c++17 -O1 -g -fopenmp-simd -pthread "-fsanitize=$sanitizer" -fno-sanitize-recover=all -Icsrc \
-    csrc/cpu/pgd_step.cpp tests/ops/asan_pgd_step.cpp -o "$build/run"
-  echo "$sanitizer: $("$build/run")"
+  for check in tests/ops/asan_*.cpp; do
+    op=$(basename "$check" .cpp) && op=${op#asan_}
+    "${CXX:-c++}" -std=c++17 -O1 -g -fopenmp-simd -pthread "-fsanitize=$sanitizer" -fno-sanitize-recover=all -Icsrc \
+      "csrc/cpu/$op.cpp" "$check" -o "$build/run"
+    echo "$op, $sanitizer: $("$build/run")"
+  done
 done

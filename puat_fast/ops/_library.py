@@ -1,13 +1,21 @@
-"""The torch.library namespace `puat_fast`, and how one op comes into it."""
+"""The torch.library namespace `puat_fast`, how one op comes into it, and which implementation a call takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 
+Impl = Literal["auto", "reference"]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's interpreter is on: its kernels then run on CPU tensors, slowly. For tests."""
+
 _LIBRARY = torch.library.Library("puat_fast", "FRAGMENT")
+_reference_only = False
 
 
 def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -26,3 +34,32 @@ def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], 
     _LIBRARY.impl(name, cpu, "CPU")
     _LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"puat_fast::{name}", fake, lib=_LIBRARY)
+
+
+def register_triton(
+    schema: str, *, reference: Callable[..., Any], triton: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """`register` an op whose GPU kernel is Triton's and whose plain-torch reference serves the CPU.
+
+    Where Triton's interpreter is on, CPU tensors take the Triton kernel too, so that the same tests hold it. `triton`
+    imports puat_fast.kernels when it is called: a CPU-only machine needs no Triton.
+    """
+    register(schema, cpu=triton if INTERPRETED else reference, cuda=triton, fake=fake)
+
+
+def takes_reference(impl: Impl) -> bool:
+    """Whether a call with this `impl` goes to plain torch. Raises ValueError for an unknown `impl`."""
+    if impl not in ("auto", "reference"):
+        raise ValueError(f"impl: expected 'auto' or 'reference', got {impl!r}")
+    return impl == "reference" or _reference_only
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Inside, every op of puat_fast.ops runs as its plain-torch reference: to hold one against the other."""
+    global _reference_only
+    before, _reference_only = _reference_only, True
+    try:
+        yield
+    finally:
+        _reference_only = before

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from puat_fast.ops._layout import capsules, check_dtype, check_like, dense_alike, stream_of
-from puat_fast.ops._library import register
+from puat_fast.ops._library import Impl, register, takes_reference
 from puat_fast.ops._native import _C
-
-Impl = Literal["auto", "reference"]
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -46,9 +43,9 @@ def pgd_step(x: Tensor, grad: Tensor, x0: Tensor, eps: float, step_size: float, 
         ValueError: shape, dtype or device of an argument differ from x's; a dtype other than the above; eps or
             step_size negative or not finite; impl unknown.
     """
-    _check(x, grad, x0, eps, step_size, impl)
+    _check(x, grad, x0, eps, step_size)
     x, grad, x0 = x.detach(), grad.detach(), x0.detach()
-    if impl == "reference":
+    if takes_reference(impl):
         return torch.empty_like(x).copy_(_reference(x, grad, x0, eps, step_size))
     result: Tensor = torch.ops.puat_fast.pgd_step(x, grad, x0, eps, step_size)
     return result
@@ -60,9 +57,9 @@ def pgd_step_(x: Tensor, grad: Tensor, x0: Tensor, eps: float, step_size: float,
     Raises:
         ValueError: as `pgd_step`; or grad or x0 shares part of x's memory without being x.
     """
-    _check(x, grad, x0, eps, step_size, impl)
+    _check(x, grad, x0, eps, step_size)
     target, grad, x0 = x.detach(), grad.detach(), x0.detach()
-    if impl == "reference":
+    if takes_reference(impl):
         target.copy_(_reference(target, grad, x0, eps, step_size))
     else:
         torch.ops.puat_fast.pgd_step_(target, grad, x0, eps, step_size)
@@ -76,14 +73,12 @@ def _reference(x: Tensor, grad: Tensor, x0: Tensor, eps: float, step_size: float
     return torch.minimum(torch.maximum(moved, x0 - eps), x0 + eps).clamp(0, 1)
 
 
-def _check(x: Tensor, grad: Tensor, x0: Tensor, eps: float, step_size: float, impl: str) -> None:
+def _check(x: Tensor, grad: Tensor, x0: Tensor, eps: float, step_size: float) -> None:
     check_dtype("x", x, *_KERNEL_DTYPES, torch.float64)
     check_like(x, grad=grad, x0=x0)
     for name, value in (("eps", eps), ("step_size", step_size)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"impl: expected 'auto' or 'reference', got {impl!r}")
 
 
 def _run(out: Tensor, x: Tensor, grad: Tensor, x0: Tensor, eps: float, step_size: float) -> None:

@@ -24,3 +24,5 @@ def test_compiles_without_spills(source: str, tmp_path: Path) -> None:
     kernels = re.findall(r"__global__\s", (CSRC / "cuda" / source).read_text())
     assert len(spills) >= 4 * len(kernels)  # two counts for each kernel and architecture, at least
     assert set(spills) <= {"0"}, done.stderr
+    shared = [int(size) for size in re.findall(r"(\d+) bytes smem", done.stderr)]
+    assert max(shared, default=0) <= 48 * 1024, done.stderr  # static; what is asked for at launch, the launcher checks
