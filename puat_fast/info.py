@@ -64,10 +64,12 @@ def _native() -> dict[str, Any]:
 def _fast_paths(native: dict[str, Any], cuda: bool, torch_cuda: str | None) -> dict[str, Any]:
     gpu = "" if cuda else "torch is built without CUDA" if torch_cuda is None else "torch finds no usable GPU"
     unbuilt = "" if native["available"] else native["reason"]
+    no_triton = "" if _version_of("triton") else "Triton is not installed"
     cuda_kernels = gpu or unbuilt or native["build"]["cuda_reason"]
     return {
         "C++ kernels": _path(unbuilt, "puat_fast._C is built"),
         "CUDA kernels": _path(cuda_kernels, "built with CUDA, and there is a GPU"),
+        "Triton kernels": _path(gpu or no_triton, "Triton is installed, and there is a GPU"),
     }
 
 
