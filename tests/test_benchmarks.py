@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_cases import tiny_batch, tiny_config, tiny_engine
 
 from puat_fast.config import Config
 from puat_fast.engine.step import Engine
 from puat_fast.networks.discriminator import DownBlock
 from puat_fast.networks.generator import CBNBlock
+from puat_fast.noise import Noise
+from puat_fast.testing import step_terms
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -89,13 +92,33 @@ def test_op_table(tmp_path):
 
 def test_step_table(tmp_path):
     result = script("step", tmp_path, "--preset", "official-v1")
-    (row,) = result["rows"]
-    assert row["preset"] == "official-v1" and row["engine"] == "eager"
+    baseline, row = result["rows"]
+    assert (baseline["preset"], baseline["engine"]) == ("official code", "eager")
+    assert baseline["speedup_over_eager"] == 1 and baseline["C/rae"] > 0 and baseline["C/uae"] > 0
+    assert row["speedup_over_eager"] == pytest.approx(baseline["median_ms"] / row["median_ms"])
+    assert row["preset"] == "official-v1" and row["engine"] == "ours, eager"
     phases = [row[f"{name}_ms"] for name in ("D", "G", "A", "C", "EMA")]
     assert all(ms > 0 for ms in phases)
     assert 0 < row["necessary_tflop"] < row["executed_tflop"]
     assert {"images_per_s", "peak_memory_mib", "necessary_tflop_per_s", "percent_of_matmul", "C/loss"} <= row.keys()
     assert any("EAGER" in note and "verbatim" in note for note in result["notes"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_baseline_computes_what_our_engine_computes(helpers, dtype):
+    """Three steps from equal weights and draws: in float64 the losses of preset official-v1, to rounding."""
+    augment = {"crop_pad": 4, "flip": True, "rotate_deg": 15.0}
+    config = tiny_config("official-v1", augment=augment, schedule={"n_disc": 2, "adv_start": 0, "adv_end": 1})
+    engine = tiny_engine(config, Noise(7, dtype=dtype), steps_per_epoch=10)
+    noise = Noise(7, dtype=dtype)
+    noise.load_state_dict(engine.noise.state_dict())
+    baseline = helpers("eager_baseline").Baseline(config, engine.nets, noise)
+    for seed in range(3):
+        batch, scalars = tiny_batch(n_disc=2, seed=seed, dtype=dtype), engine.scalars()
+        actual, expected = baseline.step(batch, scalars), step_terms(engine, batch)
+        assert actual.keys() == expected.keys() & actual.keys() and len(actual) == 8
+        tolerance = {"rel": 1e-10, "abs": 1e-12} if dtype == torch.float64 else {"rel": 1e-3, "abs": 1e-4}
+        assert actual == {name: pytest.approx(expected[name][-1], **tolerance) for name in actual}
 
 
 def test_candidates_are_interleaved(helpers):

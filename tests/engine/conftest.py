@@ -1,16 +1,13 @@
-"""Makes tests/engine/tiny_cases.py importable, and runs quick."""
+"""Runs that are quick."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 @pytest.fixture(scope="module")

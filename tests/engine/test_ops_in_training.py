@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +10,6 @@ from tiny_cases import tiny_batch, tiny_config, tiny_engine
 
 from puat_fast.engine.step import Engine
 from puat_fast.ops import reference_only
-from puat_fast.ops._library import INTERPRETED
 from puat_fast.testing import step_terms
 
 STEPS = 50

@@ -1,8 +1,0 @@
-"""Makes tests/engine/tiny_cases.py importable."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
