@@ -111,12 +111,10 @@ def hinge(d: Tensor, form: str) -> Tensor:
     return partials
 
 
-def hinge_backward(grad: Tensor, d: Tensor, form: str) -> Tensor:
-    """The gradient to d, contiguous, of d's dtype; grad: that of the mean."""
+def hinge_backward(out: Tensor, grad: Tensor, d: Tensor, form: str) -> None:
+    """The gradient to d into `out`, contiguous, of d's shape; grad: that of the mean."""
     d, size = d.contiguous(), d.numel()
-    out = torch.empty_like(d)
     hinge_backward_kernel[(_programs(size, BLOCK),)](out, grad, d, _reciprocal(size), size, form, BLOCK)
-    return out
 
 
 def hinge_by_class(d: Tensor, logits: Tensor, form: str) -> Tensor:
@@ -132,19 +130,17 @@ def hinge_by_class(d: Tensor, logits: Tensor, form: str) -> Tensor:
 
 
 def hinge_by_class_backward(
-    grad: Tensor, d: Tensor, logits: Tensor, form: str, wants_d: bool, wants_logits: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients to d and to logits, contiguous; of one that is not wanted, an empty tensor."""
+    grad_d: Tensor, grad_logits: Tensor, grad: Tensor, d: Tensor, logits: Tensor, form: str,
+    wants_d: bool, wants_logits: bool,
+) -> None:  # fmt: skip
+    """The gradients to d and to logits into `grad_d` and `grad_logits`, contiguous N x K, those that are wanted."""
     d, logits = _dense_rows(d), _dense_rows(logits)
     n, k = d.shape
     rows, columns = _tile(k)
-    grad_d = d.new_empty((n, k) if wants_d else 0)
-    grad_logits = logits.new_empty((n, k) if wants_logits else 0)
     hinge_by_class_backward_kernel[(_programs(n, rows),)](
         grad_d, grad_logits, grad, d, logits, d.stride(0), logits.stride(0), _reciprocal(n), n, k,
         form, wants_d, wants_logits, rows, columns, num_warps=8,
     )  # fmt: skip
-    return grad_d, grad_logits
 
 
 def _tile(k: int) -> tuple[int, int]:

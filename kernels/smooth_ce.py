@@ -72,14 +72,12 @@ def _margin(x, label, column, k):
     others = tl.where(of_label, float("-inf"), x)
     highest = tl.max(others, 1)
     margin = tl.sum(tl.where(of_label, x, 0.0), 1) - highest
-    nans = tl.sum((x != x).to(tl.int32), 1)  # max passes over them
+    nans = tl.sum(tl.where(x == x, 0.0, 1.0), 1)  # max passes over them
     return tl.where((label >= 0) & (label < k) & (nans == 0), margin, float("nan")), highest, others
 
 
 @triton.jit
-def cw_margin_kernel(
-    partials, logits, y, stride, n, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+def cw_margin_kernel(partials, logits, y, stride, n, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     label = tl.load(y + row, mask=row < n, other=0)
@@ -89,9 +87,7 @@ def cw_margin_kernel(
 
 
 @triton.jit
-def cw_margin_backward_kernel(
-    grad_logits, grad, logits, y, stride, n, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+def cw_margin_backward_kernel(grad_logits, grad, logits, y, stride, n, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     label = tl.load(y + row, mask=row < n, other=0)
@@ -116,16 +112,14 @@ def smooth_ce(logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
     return partials
 
 
-def smooth_ce_backward(grad: Tensor, logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
-    """The gradient to the logits, contiguous, of their dtype; grad: that of the mean."""
+def smooth_ce_backward(out: Tensor, grad: Tensor, logits: Tensor, y: Tensor, label_smoothing: float) -> None:
+    """The gradient to the logits into `out`, contiguous N x K; grad: that of the mean."""
     logits, y = _dense_rows(logits), y.contiguous()
     n, k = logits.shape
     rows, columns = _tile(k)
-    out = logits.new_empty((n, k))
     smooth_ce_backward_kernel[(_programs(n, rows),)](
         out, grad, logits, y, logits.stride(0), label_smoothing, _reciprocal(n), n, k, rows, columns, num_warps=8
     )
-    return out
 
 
 def cw_margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -138,16 +132,14 @@ def cw_margin(logits: Tensor, y: Tensor) -> Tensor:
     return partials
 
 
-def cw_margin_backward(grad: Tensor, logits: Tensor, y: Tensor) -> Tensor:
-    """The gradient to the logits, contiguous, of their dtype; grad: that of the sum."""
+def cw_margin_backward(out: Tensor, grad: Tensor, logits: Tensor, y: Tensor) -> None:
+    """The gradient to the logits into `out`, contiguous N x K; grad: that of the sum."""
     logits, y = _dense_rows(logits), y.contiguous()
     n, k = logits.shape
     rows, columns = _tile(k)
-    out = logits.new_empty((n, k))
     cw_margin_backward_kernel[(_programs(n, rows),)](
         out, grad, logits, y, logits.stride(0), n, k, rows, columns, num_warps=8
-    )  # fmt: skip
-    return out
+    )
 
 
 def _tile(k: int) -> tuple[int, int]:

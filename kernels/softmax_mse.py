@@ -27,9 +27,7 @@ def _softmax(x, column, k):
 
 
 @triton.jit
-def softmax_mse_kernel(
-    partials, a, b, stride_a, stride_b, scale, n, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+def softmax_mse_kernel(partials, a, b, stride_a, stride_b, scale, n, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     off = _softmax(_load(a, stride_a, row, column, n, k), column, k)
@@ -59,20 +57,18 @@ def softmax_mse(a: Tensor, b: Tensor, over_classes: str) -> Tensor:
     partials = a.new_empty(max(1, triton.cdiv(n, rows)), dtype=torch.float32)  # of nothing too there is a sum
     softmax_mse_kernel[partials.shape](
         partials, a, b, a.stride(0), b.stride(0), _scale(n, k, over_classes), n, k, rows, columns, num_warps=8
-    )  # fmt: skip
+    )
     return partials
 
 
-def softmax_mse_backward(grad: Tensor, a: Tensor, b: Tensor, over_classes: str) -> Tensor:
-    """The gradient to a, contiguous, of a's dtype; grad: that of the loss."""
+def softmax_mse_backward(out: Tensor, grad: Tensor, a: Tensor, b: Tensor, over_classes: str) -> None:
+    """The gradient to a into `out`, contiguous N x K; grad: that of the loss."""
     a, b = _dense_rows(a), _dense_rows(b)
     n, k = a.shape
     rows, columns = _tile(k)
-    out = a.new_empty((n, k))
     softmax_mse_backward_kernel[(max(1, triton.cdiv(n, rows)),)](
         out, grad, a, b, a.stride(0), b.stride(0), _scale(n, k, over_classes), n, k, rows, columns, num_warps=8
     )
-    return out
 
 
 def _tile(k: int) -> tuple[int, int]:

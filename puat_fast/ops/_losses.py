@@ -8,14 +8,14 @@ from torch import Tensor
 from puat_fast.ops._layout import check_dtype
 from puat_fast.ops._library import INTERPRETED, Impl, takes_reference
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 MAX_CLASSES = 4096  # a kernel holds whole rows in registers
 
 
 def takes_kernel(impl: Impl, *inputs: Tensor, classes: int = 1) -> bool:
     """Whether the registered op is called, or plain torch under its own autograd.
 
-    Plain torch: float64, rows too wide for a kernel, and the CPU, where the op would run the same and cost more.
+    Plain torch serves float64, float16, rows too wide for a kernel, and the CPU: the op would run the same, for more.
     """
     if takes_reference(impl) or (inputs[0].device.type == "cpu" and not INTERPRETED):
         return False
@@ -34,7 +34,7 @@ def total(partials: Tensor) -> Tensor:
 
 def check_floating(name: str, t: Tensor) -> None:
     """Raise ValueError, naming the argument, for a dtype that the losses do not take."""
-    check_dtype(name, t, *KERNEL_DTYPES, torch.float64)
+    check_dtype(name, t, *KERNEL_DTYPES, torch.float16, torch.float64)
 
 
 def check_rows(name: str, t: Tensor) -> None:
@@ -58,8 +58,6 @@ def check_labels(logits: Tensor, y: Tensor) -> None:
     """Raise ValueError unless y is int64, one label per row of the logits, on their device. Values are not read."""
     check_dtype("y", y, torch.int64)
     if y.shape != logits.shape[:1]:
-        raise ValueError(
-            f"y: expected shape {tuple(logits.shape[:1])}, a label per row of logits, got {tuple(y.shape)}"
-        )
+        raise ValueError(f"y: expected shape {tuple(logits.shape[:1])} (rows of logits), got {tuple(y.shape)}")
     if y.device != logits.device:
         raise ValueError(f"y: expected device {logits.device} (as logits), got {y.device}")

@@ -27,7 +27,7 @@ def hinge(d: Tensor, form: Form, *, impl: Impl = "auto") -> Tensor:
     Source: Lim & Ye 2017 (arXiv:1705.02894); PUAT, eqs 7 and 8.
 
     Arithmetic and result are float32, float64 for float64 scores. The subgradient at relu(0) is 0, as torch's. An empty
-    tensor gives NaN. float32, bfloat16 and float16 on a GPU take the Triton kernel; everything else takes plain torch.
+    tensor gives NaN. float32 and bfloat16 on a GPU take the Triton kernel; everything else takes plain torch.
 
     Args:
         d: scores; float32, bfloat16, float16 or float64, of any shape and strides.
@@ -152,7 +152,9 @@ def _triton(d: Tensor, form: str) -> Tensor:
 def _backward_triton(grad: Tensor, d: Tensor, form: str) -> Tensor:
     from puat_fast.kernels import hinge as kernels
 
-    return kernels.hinge_backward(grad, d, form)
+    out = d.new_empty(d.shape)
+    kernels.hinge_backward(out, grad, d, form)
+    return out
 
 
 def _by_class_triton(d: Tensor, logits: Tensor, form: str) -> Tensor:
@@ -166,7 +168,13 @@ def _by_class_backward_triton(
 ) -> tuple[Tensor, Tensor]:
     from puat_fast.kernels import hinge as kernels
 
-    return kernels.hinge_by_class_backward(grad, d, logits, form, wants_d, wants_logits)
+    grads = _empty_gradients(d, logits, wants_d, wants_logits)
+    kernels.hinge_by_class_backward(*grads, grad, d, logits, form, wants_d, wants_logits)
+    return grads
+
+
+def _empty_gradients(d: Tensor, logits: Tensor, wants_d: bool, wants_logits: bool) -> tuple[Tensor, Tensor]:
+    return d.new_empty(d.shape if wants_d else 0), logits.new_empty(logits.shape if wants_logits else 0)
 
 
 def _loss_fake(d: Tensor, *rest: object) -> Tensor:
@@ -180,7 +188,7 @@ def _backward_fake(grad: Tensor, d: Tensor, form: str) -> Tensor:
 def _by_class_backward_fake(
     grad: Tensor, d: Tensor, logits: Tensor, form: str, wants_d: bool, wants_logits: bool
 ) -> tuple[Tensor, Tensor]:
-    return d.new_empty(d.shape if wants_d else 0), logits.new_empty(logits.shape if wants_logits else 0)
+    return _empty_gradients(d, logits, wants_d, wants_logits)
 
 
 register_triton(

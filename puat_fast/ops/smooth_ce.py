@@ -26,8 +26,8 @@ def smooth_ce(logits: Tensor, y: Tensor, label_smoothing: float = 0.0, *, impl: 
 
     Source: torch.nn.functional.cross_entropy; Szegedy et al. 2016 (arXiv:1512.00567), section 7.
 
-    Arithmetic and result are float32, float64 for float64 logits. An empty batch gives NaN. float32, bfloat16 and
-    float16 logits on a GPU take the Triton kernel, up to 4096 classes; everything else takes plain torch.
+    Arithmetic and result are float32, float64 for float64 logits. An empty batch gives NaN. float32 and bfloat16
+    logits on a GPU take the Triton kernel, up to 4096 classes; everything else takes plain torch.
 
     Args:
         logits: N x K, K >= 1; float32, bfloat16, float16 or float64, of any strides.
@@ -132,7 +132,9 @@ def _smooth_ce_triton(logits: Tensor, y: Tensor, label_smoothing: float) -> Tens
 def _smooth_ce_backward_triton(grad: Tensor, logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
     from puat_fast.kernels import smooth_ce as kernels
 
-    return kernels.smooth_ce_backward(grad, logits, y, label_smoothing)
+    out = logits.new_empty(logits.shape)
+    kernels.smooth_ce_backward(out, grad, logits, y, label_smoothing)
+    return out
 
 
 def _cw_margin_triton(logits: Tensor, y: Tensor) -> Tensor:
@@ -144,7 +146,9 @@ def _cw_margin_triton(logits: Tensor, y: Tensor) -> Tensor:
 def _cw_margin_backward_triton(grad: Tensor, logits: Tensor, y: Tensor) -> Tensor:
     from puat_fast.kernels import smooth_ce as kernels
 
-    return kernels.cw_margin_backward(grad, logits, y)
+    out = logits.new_empty(logits.shape)
+    kernels.cw_margin_backward(out, grad, logits, y)
+    return out
 
 
 def _loss_fake(logits: Tensor, *rest: object) -> Tensor:

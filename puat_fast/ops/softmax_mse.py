@@ -22,8 +22,8 @@ def softmax_mse(a: Tensor, b: Tensor, reduce: str = "mean", *, impl: Impl = "aut
 
     Source: Tarvainen & Valpola 2017 (arXiv:1703.01780); PUAT, eq 13.
 
-    Arithmetic and result are float32, float64 where an input is. An empty batch gives NaN. float32, bfloat16 and
-    float16 logits on a GPU take the Triton kernel, up to 4096 classes; everything else takes plain torch.
+    Arithmetic and result are float32, float64 where an input is. An empty batch gives NaN. float32 and bfloat16
+    logits on a GPU take the Triton kernel, up to 4096 classes; everything else takes plain torch.
 
     Args:
         a: logits, N x K, K >= 1; float32, bfloat16, float16 or float64, of any strides.
@@ -77,13 +77,15 @@ def _backward_reference(grad: Tensor, a: Tensor, b: Tensor, reduce: str) -> Tens
 def _triton(a: Tensor, b: Tensor, reduce: str) -> Tensor:
     from puat_fast.kernels import softmax_mse as kernels
 
-    return total(kernels.softmax_mse(a, b, reduce == "mean"))
+    return total(kernels.softmax_mse(a, b, reduce))
 
 
 def _backward_triton(grad: Tensor, a: Tensor, b: Tensor, reduce: str) -> Tensor:
     from puat_fast.kernels import softmax_mse as kernels
 
-    return kernels.softmax_mse_backward(grad, a, b, reduce)
+    out = a.new_empty(a.shape)
+    kernels.softmax_mse_backward(out, grad, a, b, reduce)
+    return out
 
 
 def _fake(a: Tensor, b: Tensor, reduce: str) -> Tensor:
