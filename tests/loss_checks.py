@@ -145,9 +145,9 @@ def check_on_gpu(loss: Loss, make_inputs: Callable[[int], list[Any]]) -> None:
     check_captured(step, make_inputs)
     inputs = make_inputs(0)
     check_repeats(lambda: step(*inputs))
-    expected = step(*inputs)
+    expected, late = step(*inputs), [torch.zeros_like(t) for t in inputs]
     torch.cuda.synchronize()
-    late, stream = [torch.zeros_like(t) for t in inputs], torch.cuda.Stream()
+    stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)  # a launch on another stream would read the zeros
         for t, value in zip(late, inputs, strict=True):
