@@ -1,7 +1,7 @@
 """Every loss term of PUAT and its baselines, as pure functions of tensors. Equation numbers are the paper's.
 
-Shapes: logits N x K; labels y int64 N; p = softmax probabilities N x K; D's scores d N x 1, d_all N x K (one per
-class). Every function returns a scalar, the mean over the batch, unless it says otherwise.
+Shapes: logits N x K, p = softmax(logits); labels y int64 N; D's scores d N x 1, d_all N x K (one per class). Every
+function returns a scalar, the mean over the batch, unless it says otherwise.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puat_fast import ops
+
 
 def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """CE_s: mean_b[(1 - s)(-log p_y) + s mean_k(-log p_k)] (spec 1.1)."""
-    return F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+    return ops.smooth_ce(logits, y, label_smoothing)
 
 
 def cw_margin(logits: Tensor, y: Tensor) -> Tensor:
     """Sum over the batch of -max(l_y - max_{k != y} l_k, 0): what a CW attack maximises (Carlini & Wagner 2017)."""
-    l_y = logits.gather(1, y[:, None])[:, 0]
-    l_other = logits.scatter(1, y[:, None], -torch.inf).amax(1)
-    return -(l_y - l_other).clamp_min(0).sum()
+    return ops.cw_margin(logits, y)
 
 
 # -- the discriminator's terms, eqs 7, 8, 11 in practice: a hinge ---------------------------------------------------
@@ -28,36 +28,35 @@ def cw_margin(logits: Tensor, y: Tensor) -> Tensor:
 
 def hinge_real(d: Tensor) -> Tensor:
     """mean relu(1 - D(x_r, y_r))."""
-    return F.relu(1 - d).mean()
+    return ops.hinge(d, "real")
 
 
 def hinge_fake(d: Tensor) -> Tensor:
     """mean relu(1 + D(G(z, y), y))."""
-    return F.relu(1 + d).mean()
+    return ops.hinge(d, "fake")
 
 
-def hinge_fake_by_class(d_all: Tensor, p: Tensor) -> Tensor:
+def hinge_fake_by_class(d_all: Tensor, logits: Tensor) -> Tensor:
     """mean_b sum_k p_k relu(1 + D(x_u, k)): the soft pseudo-label hinge; the weight stands outside the relu (eq 10)."""
-    return (p * F.relu(1 + d_all)).sum(1).mean()
+    return ops.hinge_by_class(d_all, logits, "fake")
 
 
 def generator_loss(d: Tensor) -> Tensor:
     """-mean D(G(z, y), y) (eq 8)."""
-    return -d.mean()
+    return ops.hinge(d, "linear")
 
 
 # -- the classifier's terms, eqs 12-17 ------------------------------------------------------------------------------
 
 
-def consistency(p: Tensor, p_teacher: Tensor, reduce: str = "mean") -> Tensor:
-    """Mean over the batch, mean (`sum`: sum, eq 13) over the classes, of (p_C - p_C')^2."""
-    squared = (p - p_teacher).square()
-    return squared.mean() if reduce == "mean" else squared.sum(1).mean()
+def consistency(logits: Tensor, logits_teacher: Tensor, reduce: str = "mean") -> Tensor:
+    """Mean over the batch, mean (`sum`: sum, eq 13) over the classes, of (p_C - p_C')^2; no gradient to the teacher."""
+    return ops.softmax_mse(logits, logits_teacher, reduce)
 
 
-def classifier_vs_discriminator(p: Tensor, d_all: Tensor) -> Tensor:
+def classifier_vs_discriminator(logits: Tensor, d_all: Tensor) -> Tensor:
     """-mean_b sum_k p_k D(x_u, k): C's part of the three-player game (eqs 9, 15)."""
-    return -(p * d_all).sum(1).mean()
+    return ops.hinge_by_class(d_all, logits, "linear")
 
 
 def trades(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:

@@ -70,10 +70,10 @@ class Puat:
         with torch.no_grad(), eval_mode(self.C):
             x_u = self._x_u(b)
             x_g = self.G(self._z(b), b.y_l)
-            p = self.C(x_u).softmax(1)
+            logits_u = self.C(x_u)
         d_fake_g = self.D(x_g, b.y_l)
         d_fake_c = self.D(x_u)
-        fake = 0.5 * L.hinge_fake(d_fake_g) + 0.5 * L.hinge_fake_by_class(d_fake_c, p)
+        fake = 0.5 * L.hinge_fake(d_fake_g) + 0.5 * L.hinge_fake_by_class(d_fake_c, logits_u)
         yield fake
 
         self._report(("D/real", d_real.mean()), ("D/fake_g", d_fake_g.mean()), ("D/fake_c", d_fake_c.mean()),
@@ -150,7 +150,7 @@ class Puat:
             x_m, y_m = self._mixed(b, logits_u)
         sup = self._ce(logits_l, b.y_l)
         con = self._consistency(s.consistency_weight, b, logits_l, logits_u)
-        fake = s.adv_ramp * self.config.loss.gamma * L.classifier_vs_discriminator(logits_u.softmax(1), d_u)
+        fake = s.adv_ramp * self.config.loss.gamma * L.classifier_vs_discriminator(logits_u, d_u)
         terms |= {"C/sup": sup, "C/con": con, "C/fake": fake, "C/clean_acc": L.accuracy(logits_l, b.y_l)}
         return sup + con + fake, x_m, y_m
 
@@ -174,9 +174,9 @@ class Puat:
         con = torch.zeros_like(sup)
         if a > 0:
             x_c = self._x_c(b)
-            p_teacher = self._teacher(x_c)
+            logits_teacher = self._teacher(x_c)
             logits_c = logits_l if b.x_u is None else self.C(x_c)
-            con = a * L.consistency(logits_c.softmax(1), p_teacher, self.config.consistency.reduce)
+            con = a * L.consistency(logits_c, logits_teacher, self.config.consistency.reduce)
         yield sup + con
         self._report(("C/sup", sup), ("C/con", con), ("C/loss", sup + con),
                      ("C/clean_acc", L.accuracy(logits_l, b.y_l)))  # fmt: skip
@@ -199,17 +199,17 @@ class Puat:
         n_l = self._n_labelled(b)
         mixed = self.config.consistency.source == "mixed"
         logits_c = torch.cat([logits_l[:n_l], logits_u[n_l:]]) if mixed else logits_u
-        p_teacher = self._teacher(self._x_c(b))
+        logits_teacher = self._teacher(self._x_c(b))
         if a == 0:
             return torch.zeros((), device=logits_c.device, dtype=logits_c.dtype)
-        return a * L.consistency(logits_c.softmax(1), p_teacher, self.config.consistency.reduce)
+        return a * L.consistency(logits_c, logits_teacher, self.config.consistency.reduce)
 
     @torch.no_grad()
     def _teacher(self, x: Tensor) -> Tensor:
-        """p_C'(x), C' in train mode: batch statistics, an augmentation of its own."""
+        """C'(x), C' in train mode: batch statistics, an augmentation of its own."""
         averaged = self.config.ema.bn == "average"  # then its running statistics are the engine's alone
         with frozen_running_stats(self.C_ema) if averaged else nullcontext():
-            return self.C_ema(x).softmax(1)
+            return self.C_ema(x)
 
     def _rae(self, x: Tensor, y: Tensor) -> Tensor:
         """x_rae: PGD on C from x, CE_0, with C's BatchNorm as `rae.bn` says."""

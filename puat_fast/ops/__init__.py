@@ -1,6 +1,18 @@
 """Ops: tensors in, tensors out, each with a plain-torch reference. They know no networks."""
 
 from puat_fast.ops._library import reference_only
+from puat_fast.ops.hinge import hinge, hinge_by_class
 from puat_fast.ops.pgd_step import pgd_step, pgd_step_
+from puat_fast.ops.smooth_ce import cw_margin, smooth_ce
+from puat_fast.ops.softmax_mse import softmax_mse
 
-__all__ = ["pgd_step", "pgd_step_", "reference_only"]
+__all__ = [
+    "cw_margin",
+    "hinge",
+    "hinge_by_class",
+    "pgd_step",
+    "pgd_step_",
+    "reference_only",
+    "smooth_ce",
+    "softmax_mse",
+]
