@@ -30,7 +30,8 @@ PUAT_HOST_DEVICE inline float inverse_length(double sum_of_squares) {
 
 // The point before projection. The product by 0 would turn an infinite gradient into NaN.
 PUAT_HOST_DEVICE inline float l2_moved(float x, float grad, float inverse, float step) {
-  return inverse > 0.0f ? x + step * (grad * inverse) : x;
+  const float moved = x + step * (grad * inverse);
+  return inverse > 0.0f ? moved : x;
 }
 
 // min(1, eps / ||moved - x0||); NaN if there is one in the sample.
@@ -41,8 +42,8 @@ PUAT_HOST_DEVICE inline float l2_shrink(double sum_of_squares, double eps) {
 
 // Inside the ball, the point itself: x0 + (moved - x0) would round.
 PUAT_HOST_DEVICE inline float l2_projected(float moved, float x0, float shrink) {
-  const float projected = shrink == 1.0f ? moved : x0 + shrink * (moved - x0);
-  return minimum(maximum(projected, 0.0f), 1.0f);
+  const float shrunk = x0 + shrink * (moved - x0);
+  return minimum(maximum(shrink == 1.0f ? moved : shrunk, 0.0f), 1.0f);
 }
 
 inline void check_pgd_step(const TensorView& out, const TensorView& x, const TensorView& grad, const TensorView& x0,

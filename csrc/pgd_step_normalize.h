@@ -26,9 +26,7 @@ struct Images {
   PUAT_HOST_DEVICE T* at(int64_t n, int64_t p) const { return data + n * image + p * pixel; }
 };
 
-struct Normalisation {
-  float mean[kColours], std[kColours];
-};
+PUAT_HOST_DEVICE inline float normalized(float value, float mean, float std) { return (value - mean) / std; }
 
 // What is the same for all pixels. G: the type of grad, T: of c_in.
 template <typename T, typename G>
@@ -39,21 +37,9 @@ struct PgdStepNormalize {
   Images<G> grad;
   Images<float> x0;
   float eps, step;
-  Normalisation normalisation;
+  float mean[kColours], std[kColours];
   int64_t images, pixels;  // the latter of one image
   int channels;            // of c_in
-
-  // Writes pixel p of image n of x_adv, and gives its colours as the network wants them.
-  PUAT_HOST_DEVICE void take(int64_t n, int64_t p, float (&normalised)[kColours]) const {
-    float *to = x_adv.at(n, p), *from = x.at(n, p), *centre = x0.at(n, p);
-    const G* gradient = grad.at(n, p);
-    for (int c = 0; c < kColours; ++c) {
-      const float value =
-          pgd_step(from[c * x.channel], to_float(gradient[c * grad.channel]), centre[c * x0.channel], eps, step);
-      to[c * x_adv.channel] = value;
-      normalised[c] = (value - normalisation.mean[c]) / normalisation.std[c];
-    }
-  }
 };
 
 inline void check_images(const TensorView& t, const TensorView& like, std::initializer_list<int64_t> channels) {
@@ -101,8 +87,8 @@ inline void check_pgd_step_normalize(const TensorView& x_adv, const TensorView& 
   if (x.numel == 0) return;
   check_dense(x_adv);
   check_dense(c_in);
-  const bool channels_last =
-      c_in.strides[1] == 1 && (x.numel / x.shape[0] == kColours || Images<char>(c_in).pixel == channels);
+  const bool one_pixel = x.shape[2] * x.shape[3] == 1;
+  const bool channels_last = c_in.strides[1] == 1 && (one_pixel || Images<char>(c_in).pixel == channels);
   if (!channels_last) fail(c_in, "channels_last", "strides " + text(c_in.strides));
   check_apart(x_adv, c_in);
   for (const TensorView* written : {&x_adv, &c_in}) {
@@ -114,19 +100,15 @@ template <typename T, typename G>
 PgdStepNormalize<T, G> pgd_step_normalize_work(const TensorView& x_adv, const TensorView& c_in, const TensorView& x,
                                                const TensorView& grad, const TensorView& x0, float eps, float step,
                                                const std::vector<float>& mean, const std::vector<float>& std) {
-  PgdStepNormalize<T, G> work{Images<float>(x_adv),
-                              Images<T>(c_in),
-                              Images<float>(x),
-                              Images<G>(grad),
-                              Images<float>(x0),
-                              eps,
-                              step,
-                              {},
-                              x.shape[0],
-                              x.shape[2] * x.shape[3],
-                              static_cast<int>(c_in.shape[1])};
-  std::copy(mean.begin(), mean.end(), work.normalisation.mean);
-  std::copy(std.begin(), std.end(), work.normalisation.std);
+  PgdStepNormalize<T, G> work{Images<float>(x_adv), Images<T>(c_in), Images<float>(x), Images<G>(grad),
+                              Images<float>(x0)};
+  work.eps = eps;
+  work.step = step;
+  work.images = x.shape[0];
+  work.pixels = x.shape[2] * x.shape[3];
+  work.channels = static_cast<int>(c_in.shape[1]);
+  std::copy(mean.begin(), mean.end(), work.mean);
+  std::copy(std.begin(), std.end(), work.std);
   return work;
 }
 

@@ -35,38 +35,61 @@ void run_parallel(const TensorView& out_view, const TensorView& x_view, const Te
   });
 }
 
-// The same partial sums whatever the vector width: every processor, as every number of threads, gives the same bits.
-constexpr int kLanes = 16;
+#define PUAT_INLINE inline __attribute__((always_inline))  // a clone for a vector width has all of its loops inside
 
-template <typename Value>
-inline __attribute__((always_inline)) double sum_of_squares(int64_t n, Value value) {
+// The same partial sums whatever the vector width: every processor, as every number of threads, gives the same bits.
+struct SumOfSquares {
+  static constexpr int kLanes = 16;
   double lanes[kLanes] = {};
-  const int64_t whole = n - n % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
+
+  PUAT_INLINE void add(const float* values, int64_t n) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
 #pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const double v = value(i + lane);
-      lanes[lane] += v * v;
+      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += square(values[i + lane]);
     }
+    for (int lane = 0; i + lane < n; ++lane) lanes[lane] += square(values[i + lane]);
   }
-  for (int64_t i = whole; i < n; ++i) {
-    const double v = value(i);
-    lanes[i - whole] += v * v;
+
+  PUAT_INLINE double total() const {
+    double sum = 0.0;
+    for (const double lane : lanes) sum += lane;
+    return sum;
   }
-  double sum = 0.0;
-  for (const double lane : lanes) sum += lane;
-  return sum;
-}
+
+ private:
+  static PUAT_INLINE double square(double value) { return value * value; }
+};
 
 // One sample, three times over it; from the second time on it comes from the cache.
 template <typename T>
-inline __attribute__((always_inline)) void l2_sample(T* out, const T* x, const T* grad, const T* x0, int64_t n,
-                                                     double eps, float step) {
-  const float inverse = inverse_length(sum_of_squares(n, [=](int64_t i) { return to_float(grad[i]); }));
-  const auto moved = [=](int64_t i) { return l2_moved(to_float(x[i]), to_float(grad[i]), inverse, step); };
-  const float shrink = l2_shrink(sum_of_squares(n, [=](int64_t i) { return moved(i) - to_float(x0[i]); }), eps);
+PUAT_INLINE void l2_sample(T* out, const T* x, const T* grad, const T* x0, int64_t n, double eps, float step) {
+  constexpr int64_t kTile = 16 * SumOfSquares::kLanes;
+  float tile[kTile];
+  SumOfSquares gradient, offset;
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int64_t count = std::min(kTile, n - i);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) store(&out[i], l2_projected(moved(i), to_float(x0[i]), shrink));
+    for (int64_t j = 0; j < count; ++j) tile[j] = to_float(grad[i + j]);
+    gradient.add(tile, count);
+  }
+  const float inverse = inverse_length(gradient.total());
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int64_t count = std::min(kTile, n - i);
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+      tile[j] = l2_moved(to_float(x[i + j]), to_float(grad[i + j]), inverse, step) - to_float(x0[i + j]);
+    }
+    offset.add(tile, count);
+  }
+  const float shrink = l2_shrink(offset.total(), eps);
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int64_t count = std::min(kTile, n - i);
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) tile[j] = l2_moved(to_float(x[i + j]), to_float(grad[i + j]), inverse, step);
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) store(&out[i + j], l2_projected(tile[j], to_float(x0[i + j]), shrink));
+  }
 }
 
 PUAT_SIMD void run_l2(float* out, const float* x, const float* grad, const float* x0, int64_t n, double eps,

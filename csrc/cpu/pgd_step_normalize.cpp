@@ -8,25 +8,69 @@ namespace {
 
 // Below this many pixels a thread, waking one costs more than it saves.
 constexpr int64_t kGrain = 8192;
+constexpr int64_t kTile = 256;
 
-template <typename T, typename G>
-inline __attribute__((always_inline)) void image(const PgdStepNormalize<T, G>& work, int64_t n) {
-  for (int64_t p = 0; p < work.pixels; ++p) {
-    float normalised[kColours];
-    work.take(n, p, normalised);
-    T* to = work.c_in.at(n, p);
-    for (int c = 0; c < kColours; ++c) store(&to[c], normalised[c]);
-    for (int c = kColours; c < work.channels; ++c) store(&to[c], 0.0f);
+#define PUAT_INLINE inline __attribute__((always_inline))  // a clone for a vector width has all of its loops inside
+
+template <typename T>
+PUAT_INLINE void gather(float* to, const T* from, int64_t stride, int64_t n) {
+  if (stride == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i * stride]);
   }
 }
 
+// A tile of pixels, colour by colour in the order of planes; then c_in, pixel by pixel.
 template <typename T, typename G>
-void run(const TensorView& x_adv, const TensorView& c_in, const TensorView& x, const TensorView& grad,
-         const TensorView& x0, float eps, float step, const std::vector<float>& mean, const std::vector<float>& std,
-         int threads) {
+PUAT_INLINE void tile(const PgdStepNormalize<T, G>& work, int64_t n, int64_t begin, int64_t count) {
+  float point[kTile], gradient[kTile], centre[kTile], input[kColours][kTile];
+  for (int c = 0; c < kColours; ++c) {
+    gather(point, work.x.at(n, begin) + c * work.x.channel, work.x.pixel, count);
+    gather(gradient, work.grad.at(n, begin) + c * work.grad.channel, work.grad.pixel, count);
+    gather(centre, work.x0.at(n, begin) + c * work.x0.channel, work.x0.pixel, count);
+    const float eps = work.eps, step = work.step, mean = work.mean[c], std = work.std[c];
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      point[i] = pgd_step(point[i], gradient[i], centre[i], eps, step);
+      input[c][i] = normalized(point[i], mean, std);
+    }
+    float* x_adv = work.x_adv.at(n, begin) + c * work.x_adv.channel;
+    for (int64_t i = 0; i < count; ++i) x_adv[i * work.x_adv.pixel] = point[i];
+  }
+  T* c_in = work.c_in.at(n, begin);
+  for (int64_t i = 0; i < count; ++i, c_in += work.channels) {
+    for (int c = 0; c < kColours; ++c) store(&c_in[c], input[c][i]);
+    for (int c = kColours; c < work.channels; ++c) store(&c_in[c], 0.0f);
+  }
+}
+
+PUAT_SIMD void run(const PgdStepNormalize<float, float>& work, int64_t n, int64_t begin, int64_t count) {
+  tile(work, n, begin, count);
+}
+
+PUAT_SIMD void run(const PgdStepNormalize<float, BFloat16>& work, int64_t n, int64_t begin, int64_t count) {
+  tile(work, n, begin, count);
+}
+
+PUAT_SIMD void run(const PgdStepNormalize<BFloat16, float>& work, int64_t n, int64_t begin, int64_t count) {
+  tile(work, n, begin, count);
+}
+
+PUAT_SIMD void run(const PgdStepNormalize<BFloat16, BFloat16>& work, int64_t n, int64_t begin, int64_t count) {
+  tile(work, n, begin, count);
+}
+
+template <typename T, typename G>
+void run_parallel(const TensorView& x_adv, const TensorView& c_in, const TensorView& x, const TensorView& grad,
+                  const TensorView& x0, float eps, float step, const std::vector<float>& mean,
+                  const std::vector<float>& std, int threads) {
   const auto work = pgd_step_normalize_work<T, G>(x_adv, c_in, x, grad, x0, eps, step, mean, std);
   parallel_for(work.images, std::max<int64_t>(1, kGrain / work.pixels), threads, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) image(work, n);
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t p = 0; p < work.pixels; p += kTile) run(work, n, p, std::min(kTile, work.pixels - p));
+    }
   });
 }
 
@@ -38,8 +82,8 @@ void pgd_step_normalize_cpu(const TensorView& x_adv, const TensorView& c_in, con
   check_pgd_step_normalize(x_adv, c_in, x, grad, x0, mean, std, kDLCPU);
   if (x.numel == 0) return;
   const bool wide = c_in.dtype == DType::kFloat32, wide_grad = grad.dtype == DType::kFloat32;
-  const auto kernel = wide ? (wide_grad ? run<float, float> : run<float, BFloat16>)
-                           : (wide_grad ? run<BFloat16, float> : run<BFloat16, BFloat16>);
+  const auto kernel = wide ? (wide_grad ? run_parallel<float, float> : run_parallel<float, BFloat16>)
+                           : (wide_grad ? run_parallel<BFloat16, float> : run_parallel<BFloat16, BFloat16>);
   kernel(x_adv, c_in, x, grad, x0, eps, step, mean, std, threads);
 }
 

@@ -20,21 +20,32 @@ __global__ void __launch_bounds__(kBlock) pgd_step_normalize_kernel(const PgdSte
   constexpr int kWidth = Pack<T>::kWidth;
   const int64_t n = blockIdx.x;
   for (int64_t p = int64_t{blockIdx.y} * kBlock + threadIdx.x; p < work.pixels; p += int64_t{gridDim.y} * kBlock) {
-    float normalised[kColours];
-    work.take(n, p, normalised);
-    T* to = work.c_in.at(n, p);
+    float point[kColours], gradient[kColours], centre[kColours], input[kColours];
+#pragma unroll
+    for (int c = 0; c < kColours; ++c) {  // all loads before the first store, past which none could be moved
+      point[c] = work.x.at(n, p)[c * work.x.channel];
+      gradient[c] = to_float(work.grad.at(n, p)[c * work.grad.channel]);
+      centre[c] = work.x0.at(n, p)[c * work.x0.channel];
+    }
+#pragma unroll
+    for (int c = 0; c < kColours; ++c) {
+      point[c] = pgd_step(point[c], gradient[c], centre[c], work.eps, work.step);
+      work.x_adv.at(n, p)[c * work.x_adv.channel] = point[c];
+      input[c] = normalized(point[c], work.mean[c], work.std[c]);
+    }
+    T* c_in = work.c_in.at(n, p);
     if (kPacked) {
       Pack<T> pack;
 #pragma unroll
-      for (int c = 0; c < kWidth; ++c) store(&pack.value[c], c < kColours ? normalised[c] : 0.0f);
-      *reinterpret_cast<Pack<T>*>(to) = pack;
+      for (int c = 0; c < kWidth; ++c) store(&pack.value[c], c < kColours ? input[c] : 0.0f);
+      *reinterpret_cast<Pack<T>*>(c_in) = pack;
 #pragma unroll
       for (int c = 0; c < kColours; ++c) store(&pack.value[c], 0.0f);
-      for (int c = kWidth; c < work.channels; c += kWidth) *reinterpret_cast<Pack<T>*>(to + c) = pack;
+      for (int c = kWidth; c < work.channels; c += kWidth) *reinterpret_cast<Pack<T>*>(c_in + c) = pack;
     } else {
 #pragma unroll
-      for (int c = 0; c < kColours; ++c) store(&to[c], normalised[c]);
-      for (int c = kColours; c < work.channels; ++c) store(&to[c], 0.0f);
+      for (int c = 0; c < kColours; ++c) store(&c_in[c], input[c]);
+      for (int c = kColours; c < work.channels; ++c) store(&c_in[c], 0.0f);
     }
   }
 }
