@@ -12,13 +12,29 @@ constexpr int64_t kTile = 256;
 
 #define PUAT_INLINE inline __attribute__((always_inline))  // a clone for a vector width has all of its loops inside
 
+// kStride, kChannels: known to the compiler, which then knows how to shuffle; 0: any.
+template <int kStride, typename T>
+PUAT_INLINE void gather(float* to, const T* from, int64_t any_stride, int64_t n) {
+  const int64_t stride = kStride ? kStride : any_stride;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i * stride]);
+}
+
 template <typename T>
 PUAT_INLINE void gather(float* to, const T* from, int64_t stride, int64_t n) {
-  if (stride == 1) {
+  if (stride == 1) return gather<1>(to, from, stride, n);
+  if (stride == 3) return gather<3>(to, from, stride, n);
+  if (stride == 8) return gather<8>(to, from, stride, n);
+  gather<0>(to, from, stride, n);
+}
+
+template <int kChannels, typename T>
+PUAT_INLINE void interleave(T* to, const float (&from)[kColours][kTile], int64_t any_channels, int64_t n) {
+  const int64_t channels = kChannels ? kChannels : any_channels;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i * stride]);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int c = 0; c < kColours; ++c) store(&to[i * channels + c], from[c][i]);
+    for (int c = kColours; c < channels; ++c) store(&to[i * channels + c], 0.0f);
   }
 }
 
@@ -37,13 +53,16 @@ PUAT_INLINE void tile(const PgdStepNormalize<T, G>& work, int64_t n, int64_t beg
       input[c][i] = normalized(point[i], mean, std);
     }
     float* x_adv = work.x_adv.at(n, begin) + c * work.x_adv.channel;
-    for (int64_t i = 0; i < count; ++i) x_adv[i * work.x_adv.pixel] = point[i];
+    if (work.x_adv.pixel == 1) {
+      std::copy_n(point, count, x_adv);
+    } else {
+      for (int64_t i = 0; i < count; ++i) x_adv[i * work.x_adv.pixel] = point[i];
+    }
   }
   T* c_in = work.c_in.at(n, begin);
-  for (int64_t i = 0; i < count; ++i, c_in += work.channels) {
-    for (int c = 0; c < kColours; ++c) store(&c_in[c], input[c][i]);
-    for (int c = kColours; c < work.channels; ++c) store(&c_in[c], 0.0f);
-  }
+  if (work.channels == 3) return interleave<3>(c_in, input, 3, count);
+  if (work.channels == 8) return interleave<8>(c_in, input, 8, count);
+  interleave<0>(c_in, input, work.channels, count);
 }
 
 PUAT_SIMD void run(const PgdStepNormalize<float, float>& work, int64_t n, int64_t begin, int64_t count) {
