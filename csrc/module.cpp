@@ -7,6 +7,7 @@
 
 #include "bind.h"
 #include "pgd_step.h"
+#include "pgd_step_normalize.h"
 #ifdef PUAT_WITH_CUDA
 #include "cuda/runtime.h"
 #endif
@@ -43,11 +44,17 @@ std::pair<int, std::string> status() {
 
 void def_cpu_kernels(py::module_& m) {
   def(m, "pgd_step_cpu", pgd_step_cpu, "out", "x", "grad", "x0", "eps", "step_size", "threads");
+  def(m, "pgd_step_l2_cpu", pgd_step_l2_cpu, "out", "x", "grad", "x0", "eps", "step_size", "threads");
+  def(m, "pgd_step_normalize_cpu", pgd_step_normalize_cpu, "x_adv", "c_in", "x", "grad", "x0", "eps", "step_size",
+      "mean", "std", "threads");
 }
 
 #ifdef PUAT_WITH_CUDA
 void def_cuda_kernels(py::module_& m) {
   def(m, "pgd_step_cuda", pgd_step_cuda, "out", "x", "grad", "x0", "eps", "step_size", "stream");
+  def(m, "pgd_step_l2_cuda", pgd_step_l2_cuda, "out", "x", "grad", "x0", "eps", "step_size", "stream");
+  def(m, "pgd_step_normalize_cuda", pgd_step_normalize_cuda, "x_adv", "c_in", "x", "grad", "x0", "eps", "step_size",
+      "mean", "std", "stream");
 }
 #endif
 

@@ -3,6 +3,7 @@
 from puat_fast.ops._library import reference_only
 from puat_fast.ops.hinge import hinge, hinge_by_class
 from puat_fast.ops.pgd_step import pgd_step, pgd_step_
+from puat_fast.ops.pgd_step_normalize import pgd_step_normalize
 from puat_fast.ops.smooth_ce import cw_margin, smooth_ce
 from puat_fast.ops.softmax_mse import softmax_mse
 
@@ -12,6 +13,7 @@ __all__ = [
     "hinge_by_class",
     "pgd_step",
     "pgd_step_",
+    "pgd_step_normalize",
     "reference_only",
     "smooth_ce",
     "softmax_mse",

@@ -97,6 +97,7 @@ def test_an_empty_batch():
         ({"eps": float("nan")}, "eps: nan"),
         ({"step_size": -1}, "step_size: -1"),
         ({"num_steps": -1}, "num_steps: -1"),
+        ({"norm": "l1"}, "norm: 'l1'"),
         ({"loss": "dlr"}, "loss: 'dlr'"),
         ({"loss": "kl"}, "loss: 'kl'"),
     ],
@@ -105,6 +106,52 @@ def test_mistakes_are_told_by_name(arguments, name):
     values = {"x": torch.zeros(2, 3, 32, 32), "y": torch.tensor([0, 1])} | arguments
     with pytest.raises(ValueError, match=f"^{name}"):
         pgd(Linear(), **values)
+
+
+# -- L2 -------------------------------------------------------------------------------------------------------------
+
+RADIUS = 128 / 255
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """L2, image by image."""
+    return (a - b).double().flatten(1).norm(dim=1)
+
+
+@pytest.mark.parametrize("random_start", [True, False])
+def test_l2_attacks_a_linear_model_optimally(x, random_start):
+    model, inner = Linear(), x * 0.5 + 0.25  # too far from 0 and 1 for the range to cut in
+    attack = {"eps": RADIUS, "step_size": RADIUS / 4, "num_steps": 60, "norm": "l2"}
+    x_adv = pgd(model, inner, Y, random_start=random_start, **attack)
+    w = model.w.detach().view_as(x[0])
+    direction = torch.where(Y == 0, 1.0, -1.0)[:, None, None, None] * w / w.norm()
+    torch.testing.assert_close(x_adv, inner + RADIUS * direction, rtol=0, atol=1e-5)
+    if not random_start:
+        assert torch.equal(ascend(model, inner, inner, attack_loss("ce", Y), **attack), x_adv)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("step_size", [15 / 255, 2.0])
+def test_l2_result_is_in_the_ball_and_the_range(x, step_size, dtype):
+    x = x.round(decimals=0).to(dtype)  # all pixels at the ends of the range
+    x_adv = pgd(Linear(dtype), x, Y, eps=RADIUS, step_size=step_size, num_steps=3, norm="l2")
+    assert (x_adv.shape, x_adv.dtype, x_adv.requires_grad) == (x.shape, dtype, False)
+    assert (distance(x_adv, x) <= RADIUS * (1.02 if dtype == torch.bfloat16 else 1 + 1e-6)).all()
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+
+
+def test_l2_starts_in_all_directions_at_all_distances_up_to_eps():
+    middle, y = torch.full((2000, 3, 4, 4), 0.5), torch.zeros(2000, dtype=torch.int64)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    starts = [pgd(model, middle, y, eps=0.4, num_steps=0, norm="l2", seed=s) for s in (0, 0, 1)]
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+    lengths = distance(starts[0], middle) / 0.4
+    assert lengths.max() <= 1 + 1e-6
+    uniform = torch.linspace(0, 1, 2000, dtype=torch.float64)
+    assert (lengths.sort().values - uniform).abs().max() < 0.045  # Kolmogorov-Smirnov at 1 in 1000
+    units = torch.nn.functional.normalize((starts[0] - middle).flatten(1))
+    assert units.mean(0).norm() < 0.05 and (units.square().mean(0) * 48 - 1).abs().max() < 0.2
+    assert pgd(model, middle[:0], y[:0], norm="l2", num_steps=2).shape == (0, 3, 4, 4)
 
 
 def test_the_seed_decides_and_the_global_generator_stays(x):
