@@ -36,7 +36,8 @@ def sgd_ema_(
         ema    <- ema_decay ema + (1 - ema_decay) param     (ema_decay 0 copies: no NaN of ema survives)
         copy   <- param, rounded
 
-    Source: torch.optim.SGD; Tarvainen & Valpola 2017 (arXiv:1703.01780), section 2.
+    Source: Sutskever et al. 2013 (ICML), in the form of torch's SGD; the average: Tarvainen & Valpola 2017
+    (arXiv:1703.01780), section 2.
 
     Entry i of each list belongs to params[i]: same shape, dtype and device. Where grads[i] is None the whole of entry
     i is left alone. What is not finite gets no special treatment, except for ema_decay 0.
@@ -104,9 +105,10 @@ def adam_(
         param      <- param - lr / (1 - beta1^step) exp_avg / (sqrt(exp_avg_sq) / sqrt(1 - beta2^step) + eps)
         copy       <- param, rounded
 
-    Source: Kingma & Ba 2015 (arXiv:1412.6980), algorithm 1; torch.optim.Adam.
+    Source: Kingma & Ba 2015 (arXiv:1412.6980), algorithm 1, in the form of torch's Adam.
 
-    As for `sgd_ema_`, but where not said. The corrections 1 - beta^step are computed in float64.
+    All as for `sgd_ema_`, except that the kernel equals the reference to rounding (torch's square root on the CPU is
+    not the nearest float). The corrections 1 - beta^step are computed in float64.
 
     Args:
         exp_avgs: like params; zeros before the first step; written.
@@ -289,9 +291,18 @@ def _split(rows: list[_Row]) -> tuple[list[_Row], list[_Row]]:
         return [], rows
     for_kernel, odd = list[_Row](), list[_Row]()
     for row in rows:
-        dense = dense_alike(*(t for t in row[:5] if t is not None))
-        (for_kernel if dense else odd).append(row)
+        (for_kernel if _one_layout([t for t in row[:5] if t is not None]) else odd).append(row)
     return for_kernel, odd
+
+
+def _one_layout(tensors: list[Tensor]) -> bool:
+    for layout in (
+        torch.contiguous_format,
+        torch.channels_last,
+    ):  # the usual ones first: dense_alike takes ten times as long
+        if all(t.is_contiguous(memory_format=layout) for t in tensors):
+            return True
+    return dense_alike(*tensors)
 
 
 def _launch(op: str, rows: list[_Row], own: list[Any], *numbers: Any) -> None:
