@@ -116,13 +116,11 @@ inline void check_copy(const TensorView& copy, const TensorView& param) {
   check_no_partial_overlap(copy, param);
 }
 
-// The checked rows of a launch. `second` and `copies` may be empty: there are none.
+// The checked rows of a launch. `first` has an entry for each of params; `second` too, or none at all; `copies`
+// likewise.
 inline std::vector<Row> rows_of(const Tensors& params, const Tensors& grads, const Tensors& first,
-                                const Tensors& second, const MaybeTensors& copies, const char* first_name,
-                                const char* second_name, DLDeviceType device) {
+                                const Tensors& second, const MaybeTensors& copies, DLDeviceType device) {
   check_count(grads.size(), params, "grads");
-  check_count(first.size(), params, first_name);
-  if (!second.empty()) check_count(second.size(), params, second_name);
   if (!copies.empty()) check_count(copies.size(), params, "copies");
   std::vector<Row> rows;
   for (size_t i = 0; i < params.size(); ++i) {
@@ -148,14 +146,26 @@ inline std::vector<Row> rows_of(const Tensors& params, const Tensors& grads, con
   return rows;
 }
 
-inline void set_weight_decays(std::vector<Row>& rows, const std::vector<double>& weight_decays, const Tensors& params) {
+inline std::vector<Row> sgd_rows(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
+                                 const Tensors& emas, const MaybeTensors& copies,
+                                 const std::vector<double>& weight_decays, DLDeviceType device) {
+  check_count(momentum_buffers.size(), params, "momentum_buffers");
+  if (!emas.empty()) check_count(emas.size(), params, "emas");
   check_count(weight_decays.size(), params, "weight_decays");
+  std::vector<Row> rows = rows_of(params, grads, momentum_buffers, emas, copies, device);
   for (size_t i = 0; i < rows.size(); ++i) rows[i].weight_decay = static_cast<float>(weight_decays[i]);
+  return rows;
 }
 
-inline void set_steps(std::vector<Row>& rows, const Tensors& steps, const Tensors& params) {
+inline std::vector<Row> adam_rows(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                                  const Tensors& exp_avg_sqs, const MaybeTensors& copies, const Tensors& steps,
+                                  DLDeviceType device) {
+  check_count(exp_avgs.size(), params, "exp_avgs");
+  check_count(exp_avg_sqs.size(), params, "exp_avg_sqs");
   check_count(steps.size(), params, "steps");
+  std::vector<Row> rows = rows_of(params, grads, exp_avgs, exp_avg_sqs, copies, device);
   for (size_t i = 0; i < rows.size(); ++i) rows[i].step = scalar_of(steps[i], params[i].device);
+  return rows;
 }
 
 // All tensors float32, each of `params` and what belongs to it dense and in one order; copies bfloat16. Written in

@@ -57,8 +57,7 @@ void for_each_tile(const std::vector<Row>& rows, int threads, const Tile& tile) 
 void sgd_ema_cpu(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers, const Tensors& emas,
                  const MaybeTensors& copies, const std::vector<double>& weight_decays, const TensorView& lr,
                  const TensorView& momentum, const TensorView& ema_decay, bool nesterov, int threads) {
-  std::vector<Row> rows = rows_of(params, grads, momentum_buffers, emas, copies, "momentum_buffers", "emas", kDLCPU);
-  set_weight_decays(rows, weight_decays, params);
+  const std::vector<Row> rows = sgd_rows(params, grads, momentum_buffers, emas, copies, weight_decays, kDLCPU);
   const float rate = *scalar_of(lr, kCpu), inertia = *scalar_of(momentum, kCpu), decay = *scalar_of(ema_decay, kCpu);
   for_each_tile(rows, threads, [=](const Row& row, int64_t i, int64_t n) {
     run(SgdUpdate{rate, inertia, row.weight_decay, nesterov}, row.param + i, row.grad + i, row.first + i, n);
@@ -70,8 +69,7 @@ void sgd_ema_cpu(const Tensors& params, const Tensors& grads, const Tensors& mom
 void adam_cpu(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
               const MaybeTensors& copies, const Tensors& steps, const TensorView& lr, double beta1, double beta2,
               double eps, int threads) {
-  std::vector<Row> rows = rows_of(params, grads, exp_avgs, exp_avg_sqs, copies, "exp_avgs", "exp_avg_sqs", kDLCPU);
-  set_steps(rows, steps, params);
+  const std::vector<Row> rows = adam_rows(params, grads, exp_avgs, exp_avg_sqs, copies, steps, kDLCPU);
   const AdamConstants constants(beta1, beta2, eps);
   const float rate = *scalar_of(lr, kCpu);
   for_each_tile(rows, threads, [=](const Row& row, int64_t i, int64_t n) {

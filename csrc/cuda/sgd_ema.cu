@@ -146,8 +146,7 @@ void sgd_ema_cuda(const Tensors& params, const Tensors& grads, const Tensors& mo
                   const MaybeTensors& copies, const std::vector<double>& weight_decays, const TensorView& lr,
                   const TensorView& momentum, const TensorView& ema_decay, bool nesterov, void* stream) {
   if (params.empty()) return;
-  std::vector<Row> rows = rows_of(params, grads, momentum_buffers, emas, copies, "momentum_buffers", "emas", kDLCUDA);
-  set_weight_decays(rows, weight_decays, params);
+  const std::vector<Row> rows = sgd_rows(params, grads, momentum_buffers, emas, copies, weight_decays, kDLCUDA);
   const Sgd rule{{lr, params[0]}, {momentum, params[0]}, {ema_decay, params[0]}, nesterov};
   const DeviceGuard guard(params[0].device.device_id);
   launch(rows, rule, "sgd_ema", stream);
@@ -157,8 +156,7 @@ void adam_cuda(const Tensors& params, const Tensors& grads, const Tensors& exp_a
                const MaybeTensors& copies, const Tensors& steps, const TensorView& lr, double beta1, double beta2,
                double eps, void* stream) {
   if (params.empty()) return;
-  std::vector<Row> rows = rows_of(params, grads, exp_avgs, exp_avg_sqs, copies, "exp_avgs", "exp_avg_sqs", kDLCUDA);
-  set_steps(rows, steps, params);
+  const std::vector<Row> rows = adam_rows(params, grads, exp_avgs, exp_avg_sqs, copies, steps, kDLCUDA);
   const Adam rule{{lr, params[0]}, AdamConstants(beta1, beta2, eps)};
   const DeviceGuard guard(params[0].device.device_id);
   launch(rows, rule, "adam", stream);
