@@ -20,7 +20,7 @@ CLASSES = (
     ("norm", r"batch_?norm|bn_|welford"),
     ("conv", r"conv|fprop|dgrad|wgrad|implicit|cudnn"),
     ("matmul", r"gemm|gemv|cublas|nvjet|addmm|aten::(mm|bmm|mv|dot)"),
-    ("optimiser", r"multi_tensor|foreach"),
+    ("optimiser", r"multi_tensor|foreach|update_kernel|puat_fast::(sgd_ema|adam)_"),
     ("copy", r"memcpy|memset|copy"),
     ("elementwise", r"elementwise|vectorized|aten::"),
 )

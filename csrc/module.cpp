@@ -8,6 +8,7 @@
 #include "bind.h"
 #include "pgd_step.h"
 #include "pgd_step_normalize.h"
+#include "sgd_ema.h"
 #ifdef PUAT_WITH_CUDA
 #include "cuda/runtime.h"
 #endif
@@ -43,18 +44,26 @@ std::pair<int, std::string> status() {
 }
 
 void def_cpu_kernels(py::module_& m) {
+  def(m, "adam_cpu", adam_cpu, "params", "grads", "exp_avgs", "exp_avg_sqs", "copies", "steps", "lr", "beta1", "beta2",
+      "eps", "threads");
   def(m, "pgd_step_cpu", pgd_step_cpu, "out", "x", "grad", "x0", "eps", "step_size", "threads");
   def(m, "pgd_step_l2_cpu", pgd_step_l2_cpu, "out", "x", "grad", "x0", "eps", "step_size", "threads");
   def(m, "pgd_step_normalize_cpu", pgd_step_normalize_cpu, "x_adv", "c_in", "x", "grad", "x0", "eps", "step_size",
       "mean", "std", "threads");
+  def(m, "sgd_ema_cpu", sgd_ema_cpu, "params", "grads", "momentum_buffers", "emas", "copies", "weight_decays", "lr",
+      "momentum", "ema_decay", "nesterov", "threads");
 }
 
 #ifdef PUAT_WITH_CUDA
 void def_cuda_kernels(py::module_& m) {
+  def(m, "adam_cuda", adam_cuda, "params", "grads", "exp_avgs", "exp_avg_sqs", "copies", "steps", "lr", "beta1",
+      "beta2", "eps", "stream");
   def(m, "pgd_step_cuda", pgd_step_cuda, "out", "x", "grad", "x0", "eps", "step_size", "stream");
   def(m, "pgd_step_l2_cuda", pgd_step_l2_cuda, "out", "x", "grad", "x0", "eps", "step_size", "stream");
   def(m, "pgd_step_normalize_cuda", pgd_step_normalize_cuda, "x_adv", "c_in", "x", "grad", "x0", "eps", "step_size",
       "mean", "std", "stream");
+  def(m, "sgd_ema_cuda", sgd_ema_cuda, "params", "grads", "momentum_buffers", "emas", "copies", "weight_decays", "lr",
+      "momentum", "ema_decay", "nesterov", "stream");
 }
 #endif
 

@@ -9,7 +9,7 @@ from golden_cases import arrays_of, close, tiny_config, tiny_networks
 
 from puat_fast import objectives as L
 from puat_fast.attacks.pgd import ascend, attack_loss, gauss_start
-from puat_fast.engine import ema, schedules
+from puat_fast.engine import ema, optim, schedules
 from puat_fast.methods.trades import VERSIONS, trades_loss
 from puat_fast.networks import Classifier, Networks
 from puat_fast.networks.layers import SpectralNorm
@@ -231,11 +231,15 @@ def test_ema_and_shared_buffers(golden, dtype):
     g, nets = golden["12_ema_bn"], nets_of(dtype)
     C, C_ema = nets.C, nets.C_ema
     x = as_images(g["x_l"], dtype)
+    optimizer = optim.sgd(C, C_ema, tiny_config().optim)
     for s in range(1, 5):
         with torch.no_grad():
             for i, p in enumerate(C.parameters()):
                 p += 0.01 * np.sin(s + i)
-        ema.update(C_ema, C, schedules.ema_decay(s, 2, 0.995))
+                p.grad = torch.zeros_like(p)
+        for group in optimizer.param_groups:
+            group["lr"], group["ema_decay"] = 0.0, schedules.ema_decay(s, 2, 0.995)
+        optimizer.step()
         close(C_ema.logits.weight, g[f"teacher_logits_w_s{s}"], dtype, atol32=1e-5)
     assert ema.bn_is_shared(C_ema, C) == bool(g["alias_before"])
     before = C.batchnorm.running_mean.clone()

@@ -1,4 +1,4 @@
-"""The teacher C': exponential moving average of C's parameters, and what happens to its BatchNorm buffers."""
+"""The BatchNorm buffers of the teacher C'. Its parameters follow those of C in C's own updates: optim.SGD."""
 
 from __future__ import annotations
 
@@ -8,16 +8,6 @@ from puat_fast.networks import Classifier
 from puat_fast.networks.layers import batch_norms
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-@torch.no_grad()
-def update(C_ema: Classifier, C: Classifier, decay: float) -> None:
-    """theta' <- decay theta' + (1 - decay) theta, all parameters; decay 0 copies, so that no NaN of theta' survives."""
-    for p_ema, p in zip(C_ema.parameters(), C.parameters(), strict=True):
-        if decay == 0:
-            p_ema.copy_(p)
-        else:
-            p_ema.mul_(decay).add_(p, alpha=1 - decay)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""One step of a method: phases (loss -> backward -> optimiser), then the teacher. Eager, and the truth.
+"""One step of a method: phases (loss -> backward -> optimiser); the teacher follows in C's. Eager, and the truth.
 
 Engine holds all state that training changes and nothing else: networks, optimisers, noise, counters. It knows no
 data, no files and no validation; those are the Trainer's.
@@ -59,17 +59,16 @@ class Engine:
         return next((phase.repeat for phase in self.next_phases() if phase.net == "D"), 0)
 
     def step(self, batch: StepBatch) -> None:
-        """Run all phases on one StepBatch, then update the teacher."""
+        """Run all phases on one StepBatch; C's optimiser updates the teacher, which nobody reads after that."""
         self.stats.step = self.step_in_stage + 1
         self._terms = {}
         s = self.last_scalars = self.scalars()
         self.nets.C.set_bn_momentum(s.bn_momentum)
         for group in self.optimizers["C"].param_groups:
-            group["lr"], group["momentum"] = s.lr, s.momentum
+            group["lr"], group["momentum"], group["ema_decay"] = s.lr, s.momentum, s.ema_decay
         for phase in self.next_phases():
             for k in range(phase.repeat):
                 self._update(phase, batch, s, k)
-        ema.update(self.nets.C_ema, self.nets.C, s.ema_decay)
         if self.config.ema.bn == "average":
             ema.average_bn(self.nets.C_ema, self.nets.C, s.ema_decay)
         self.step_in_stage += 1
@@ -133,7 +132,7 @@ class Engine:
     def begin_stage2(self) -> None:
         """C, C', G, D and the Adam states of G and D go on; a new SGD for C; A, untouched so far, starts now."""
         self.stage, self.step_in_stage = 2, 0
-        self.optimizers["C"] = optim.sgd(self.nets.C, self.config.optim)
+        self.optimizers["C"] = optim.sgd(self.nets.C, self.nets.C_ema, self.config.optim)
         ema.unshare_bn(self.nets.C_ema)
 
     def check_finite(self) -> None:

@@ -4,10 +4,12 @@ from puat_fast.ops._library import reference_only
 from puat_fast.ops.hinge import hinge, hinge_by_class
 from puat_fast.ops.pgd_step import pgd_step, pgd_step_
 from puat_fast.ops.pgd_step_normalize import pgd_step_normalize
+from puat_fast.ops.sgd_ema import adam_, sgd_ema_
 from puat_fast.ops.smooth_ce import cw_margin, smooth_ce
 from puat_fast.ops.softmax_mse import softmax_mse
 
 __all__ = [
+    "adam_",
     "cw_margin",
     "hinge",
     "hinge_by_class",
@@ -15,6 +17,7 @@ __all__ = [
     "pgd_step_",
     "pgd_step_normalize",
     "reference_only",
+    "sgd_ema_",
     "smooth_ce",
     "softmax_mse",
 ]
