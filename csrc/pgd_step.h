@@ -1,7 +1,6 @@
 // pgd_step: one projected gradient step, in L-inf or L2. Formulas, shapes and errors: puat_fast/ops/pgd_step.py.
 #pragma once
 
-#include <cfloat>
 #include <cmath>
 
 #include "bfloat16.h"
@@ -25,7 +24,7 @@ PUAT_HOST_DEVICE inline float pgd_step(float x, float grad, float x0, float eps,
 // 1 / ||grad||, which float32 holds; 0 where the gradient gives no direction: zero, as good as zero, or not finite.
 PUAT_HOST_DEVICE inline float inverse_length(double sum_of_squares) {
   const double length = sqrt(sum_of_squares);
-  return length >= 0x1p-126 && length <= DBL_MAX ? static_cast<float>(1.0 / length) : 0.0f;
+  return length >= 0x1p-126 ? static_cast<float>(1.0 / length) : 0.0f;  // NaN is not, and 1 / infinity is 0
 }
 
 // The point before projection. The product by 0 would turn an infinite gradient into NaN.

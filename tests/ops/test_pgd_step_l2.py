@@ -117,8 +117,8 @@ def test_each_sample_has_a_ball_and_a_step_of_its_own(device):
 @each_dtype
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_without_a_direction_nothing_moves(impl, dtype, device):
-    x, grad, x0 = operands((5, 11, 13), dtype, device)
-    x = (x0.double() + 0.3 * (x - x0).double()).clamp(0, 1).to(dtype)  # all inside
+    generator = torch.Generator().manual_seed(0)  # all inside the ball, and of all sizes: x0 + (x - x0) would round
+    x, grad, x0 = (torch.rand(5, 11, 13, generator=generator).mul(0.03).to(device, dtype) for _ in range(3))
     for length in (0.0, 1e-40, math.inf, -math.inf, math.nan):
         grad.zero_()[:, 3, 5] = length
         assert_same_bits(pgd_step(x, grad, x0, EPS, STEP, norm="l2", impl=impl), x)
