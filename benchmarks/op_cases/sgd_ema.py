@@ -34,8 +34,9 @@ def sgd_reference(params, grads, buffers, emas, decays) -> None:
 
 @torch.no_grad()
 def adam_reference(params, grads, exp_avgs, exp_avg_sqs, steps) -> None:
+    capturable = params[0].is_cuda or torch.compiler.is_compiling()  # as torch.compile makes it for an optimiser
     adam(
-        params, grads, exp_avgs, exp_avg_sqs, [], steps, foreach=True, capturable=params[0].is_cuda, amsgrad=False,
+        params, grads, exp_avgs, exp_avg_sqs, [], steps, foreach=True, capturable=capturable, amsgrad=False,
         beta1=BETAS[0], beta2=BETAS[1], lr=LR, weight_decay=0.0, eps=EPS, maximize=False,
     )  # fmt: skip
 

@@ -163,7 +163,8 @@ def _sgd_reference(rows: Iterable[_Row], lr: Tensor, momentum: Tensor, ema_decay
         buffer.copy_(momentum * buffer + decayed)
         param.sub_(lr * (decayed + momentum * buffer if nesterov else buffer))
         if ema is not None:
-            ema.copy_(torch.where(ema_decay == 0, param, ema_decay * ema + (1 - ema_decay) * param))
+            copied = ema_decay * torch.ones_like(param) == 0  # on the device, where ema_decay need not be
+            ema.copy_(torch.where(copied, param, ema_decay * ema + (1 - ema_decay) * param))
         if copy is not None:
             copy.copy_(param)
 
@@ -296,10 +297,7 @@ def _split(rows: list[_Row]) -> tuple[list[_Row], list[_Row]]:
 
 
 def _one_layout(tensors: list[Tensor]) -> bool:
-    for layout in (
-        torch.contiguous_format,
-        torch.channels_last,
-    ):  # the usual ones first: dense_alike takes ten times as long
+    for layout in (torch.contiguous_format, torch.channels_last):  # dense_alike says the same, ten times slower
         if all(t.is_contiguous(memory_format=layout) for t in tensors):
             return True
     return dense_alike(*tensors)

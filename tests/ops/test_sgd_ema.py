@@ -429,7 +429,7 @@ class TestCuda:
 
     @each_op
     def test_one_launch(self, op: str) -> None:
-        """128 tensors, and for Adam one more that counts the steps."""
+        """For 120 tensors; what counts Adam's steps is torch's."""
         net = network(device="cuda", shapes=[(5, 7)] * 120)
         run(op, net)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
