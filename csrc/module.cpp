@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "augment.h"
 #include "bind.h"
 #include "pgd_step.h"
 #ifdef PUAT_WITH_CUDA
@@ -42,11 +43,15 @@ std::pair<int, std::string> status() {
 }
 
 void def_cpu_kernels(py::module_& m) {
+  def(m, "augment_backward_cpu", augment_backward_cpu, "out", "grad", "top_left", "flip", "cos_sin", "pad", "threads");
+  def(m, "augment_cpu", augment_cpu, "out", "x", "index", "top_left", "flip", "cos_sin", "pad", "threads");
   def(m, "pgd_step_cpu", pgd_step_cpu, "out", "x", "grad", "x0", "eps", "step_size", "threads");
 }
 
 #ifdef PUAT_WITH_CUDA
 void def_cuda_kernels(py::module_& m) {
+  def(m, "augment_backward_cuda", augment_backward_cuda, "out", "grad", "top_left", "flip", "cos_sin", "pad", "stream");
+  def(m, "augment_cuda", augment_cuda, "out", "x", "index", "top_left", "flip", "cos_sin", "pad", "stream");
   def(m, "pgd_step_cuda", pgd_step_cuda, "out", "x", "grad", "x0", "eps", "step_size", "stream");
 }
 #endif
