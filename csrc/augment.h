@@ -2,7 +2,7 @@
 // puat_fast/ops/augment.py.
 #pragma once
 
-#include <cmath>
+#include <cstdint>
 #include <optional>
 
 #include "bfloat16.h"
@@ -17,8 +17,11 @@ PUAT_HOST_DEVICE inline float value_of(T pixel) {
 }
 PUAT_HOST_DEVICE inline float value_of(uint8_t pixel) { return static_cast<float>(pixel) / 255.0f; }
 
+// Inlined whatever the compiler thinks of it: a loop with a call in it is not vectorised.
+#define PUAT_INLINE PUAT_HOST_DEVICE [[gnu::always_inline]] inline
+
 // Rounded by itself, never fused with the sum it goes into: the map is the same, bit for bit, in every implementation.
-PUAT_HOST_DEVICE inline float product(float a, float b) {
+PUAT_INLINE float product(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
 #else
@@ -26,10 +29,17 @@ PUAT_HOST_DEVICE inline float product(float a, float b) {
 #endif
 }
 
-// What happens to one image. `down`, `right`: the crop window's corner relative to the image's own.
+// rint, halves to even, of numbers below 2^22: those next to 2^23 have no fraction. Unlike rintf it is vectorised.
+PUAT_INLINE float nearest(float value) {
+  constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23
+  return (value + kWhole) - kWhole;
+}
+
+// What happens to one image: pixel (y, x) of what is cropped and flipped is (top + y, left + step x) of the source,
+// step being 1 or -1, and of that a rotation is made. An image that is not rotated has cos = 1 and sin = 0, which leave
+// every coordinate as it is.
 struct Transform {
-  int height, width, down, right;
-  bool flip, rotate;
+  int height, width, top, left, step;
   float cos, sin;
 };
 
@@ -37,60 +47,49 @@ struct Pixel {
   int y, x;
 };
 
-PUAT_HOST_DEVICE inline bool is_inside(const Transform& t, int y, int x) {
+PUAT_INLINE bool is_inside(const Transform& t, int y, int x) {
   return (y >= 0) & (y < t.height) & (x >= 0) & (x < t.width);
 }
 
 // The source pixel that output pixel (y, x) copies; y = -1 where it is filled with 0. Rotated first, as the output is
 // what the rotation made of the cropped image. The range is tested before the cast, which NaN would make undefined.
-PUAT_HOST_DEVICE inline Pixel source_of(const Transform& t, int y, int x) {
-  bool inside = true;
-  if (t.rotate) {
-    const float centre_y = 0.5f * static_cast<float>(t.height - 1), centre_x = 0.5f * static_cast<float>(t.width - 1);
-    const float dy = static_cast<float>(y) - centre_y, dx = static_cast<float>(x) - centre_x;
-    const float from_y = nearbyintf(product(t.sin, dx) + product(t.cos, dy) + centre_y);
-    const float from_x = nearbyintf(product(t.cos, dx) - product(t.sin, dy) + centre_x);
-    inside = (from_y >= 0.0f) & (from_y < static_cast<float>(t.height)) & (from_x >= 0.0f) &
-             (from_x < static_cast<float>(t.width));
-    y = static_cast<int>(inside ? from_y : 0.0f);
-    x = static_cast<int>(inside ? from_x : 0.0f);
-  }
-  y += t.down;
-  x = (t.flip ? t.width - 1 - x : x) + t.right;
-  return {inside & is_inside(t, y, x) ? y : -1, x};
-}
-
-// The corner of the 2 x 2 outputs among which are all that copy source pixel (y, x).
-//
-// Output d (from the centre) copies q where |R d - q| <= 1/2 in both coordinates, so |d - R^T q| <= sqrt(1/2) = 0.7072
-// whatever the angle. An interval of that radius, even widened to 0.75, is shorter than 2 and holds at most two
-// integers, its ceiling first. The 0.0428 of slack are for rounding: in images of up to kMaxSize pixels a side, a
-// coordinate is less than 0.002 off, there and back, and R's rows are of length 1 within kUnitTolerance, which makes
-// less than 0.012 at the corner.
-PUAT_HOST_DEVICE inline Pixel takers_of(const Transform& t, int y, int x) {
-  y -= t.down;
-  x -= t.right;
-  if (t.flip) x = t.width - 1 - x;
-  if (!t.rotate) return {y, x};
+PUAT_INLINE Pixel source_of(const Transform& t, int y, int x) {
   const float centre_y = 0.5f * static_cast<float>(t.height - 1), centre_x = 0.5f * static_cast<float>(t.width - 1);
   const float dy = static_cast<float>(y) - centre_y, dx = static_cast<float>(x) - centre_x;
-  const float to_y = product(t.cos, dy) - product(t.sin, dx) + centre_y;
-  const float to_x = product(t.sin, dy) + product(t.cos, dx) + centre_x;
-  return {static_cast<int>(ceilf(to_y - 0.75f)), static_cast<int>(ceilf(to_x - 0.75f))};
+  const float from_y = nearest(product(t.sin, dx) + product(t.cos, dy) + centre_y);
+  const float from_x = nearest(product(t.cos, dx) - product(t.sin, dy) + centre_x);
+  const bool is_cropped = (from_y >= 0.0f) & (from_y < static_cast<float>(t.height)) & (from_x >= 0.0f) &
+                          (from_x < static_cast<float>(t.width));
+  const int cropped_y = static_cast<int>(is_cropped ? from_y : 0.0f);
+  const int cropped_x = static_cast<int>(is_cropped ? from_x : 0.0f);
+  const int source_y = t.top + cropped_y, source_x = t.left + t.step * cropped_x;
+  return {is_cropped & is_inside(t, source_y, source_x) ? source_y : -1, source_x};
 }
 
-constexpr int kTakers = 4;  // in this order: (0, 0), (0, 1), (1, 0), (1, 1)
+constexpr int kTakers = 4;
 constexpr int64_t kMaxSize = 16384;
-constexpr double kUnitTolerance = 1e-6;  // of cos^2 + sin^2
+constexpr double kUnitTolerance = 1e-5;  // of cos^2 + sin^2
 
-PUAT_HOST_DEVICE inline bool takes(const Transform& t, Pixel output, int y, int x) {
-  const Pixel source = source_of(t, output.y, output.x);
-  return is_inside(t, output.y, output.x) & (source.y == y) & (source.x == x);
+// The output pixels that copy source pixel (y, x) are among kTakers: the k-th, or y = -1 if that one does not.
+//
+// Output d copies the cropped image's pixel q (both seen from the centre) where |R d - q| <= 1/2 in each coordinate, so
+// that |d - R^T q| <= sqrt(1/2) < 1 whatever the angle: d is one of the four pixels around R^T q, of which the first is
+// the floor, or, where that is a whole number, may be the one before. Rounding has 0.29 pixels of slack to stay within:
+// in images of up to kMaxSize pixels a side, a coordinate is less than 0.01 off, there and back, and R's rows are of
+// length 1 within kUnitTolerance, which makes less than 0.12 at the corner.
+PUAT_INLINE Pixel taker_of(const Transform& t, int y, int x, int k) {
+  const float centre_y = 0.5f * static_cast<float>(t.height - 1), centre_x = 0.5f * static_cast<float>(t.width - 1);
+  const float dy = static_cast<float>(y - t.top) - centre_y, dx = static_cast<float>(t.step * (x - t.left)) - centre_x;
+  const float to_y = product(t.cos, dy) - product(t.sin, dx) + centre_y;
+  const float to_x = product(t.sin, dy) + product(t.cos, dx) + centre_x;
+  const Pixel taker{static_cast<int>(nearest(to_y - 0.5f)) + k / 2, static_cast<int>(nearest(to_x - 0.5f)) + k % 2};
+  const Pixel source = source_of(t, taker.y, taker.x);
+  return {is_inside(t, taker.y, taker.x) & (source.y == y) & (source.x == x) ? taker.y : -1, taker.x};
 }
 
 // Without rotation an image's gradient is that of its output, moved back: a crop and a flip like any other.
 PUAT_HOST_DEVICE inline Transform moved_back(const Transform& t) {
-  return {t.height, t.width, -t.down, t.flip ? t.right : -t.right, t.flip, false, 1.0f, 0.0f};
+  return {t.height, t.width, -t.top, -t.step * t.left, t.step, 1.0f, 0.0f};
 }
 
 // A call's arguments as a kernel takes them: by value, no tensors. A draw's step is 0 where all images share it.
@@ -122,13 +121,16 @@ PUAT_HOST_DEVICE inline int offset_of(int64_t corner, int pad) {
 }
 
 PUAT_HOST_DEVICE inline Transform transform_of(const AugmentCall& call, int64_t n) {
-  Transform t{call.height, call.width, 0, 0, false, call.cos_sin != nullptr, 1.0f, 0.0f};
+  Transform t{call.height, call.width, 0, 0, 1, 1.0f, 0.0f};
   if (call.top_left != nullptr) {
-    t.down = offset_of(call.top_left[n * call.top_left_step], call.pad);
-    t.right = offset_of(call.top_left[n * call.top_left_step + 1], call.pad);
+    t.top = offset_of(call.top_left[n * call.top_left_step], call.pad);
+    t.left = offset_of(call.top_left[n * call.top_left_step + 1], call.pad);
   }
-  if (call.flip != nullptr) t.flip = call.flip[n * call.flip_step] != 0;
-  if (t.rotate) {
+  if (call.flip != nullptr && call.flip[n * call.flip_step] != 0) {
+    t.left += t.width - 1;
+    t.step = -1;
+  }
+  if (call.cos_sin != nullptr) {
     t.cos = call.cos_sin[n * call.cos_sin_step];
     t.sin = call.cos_sin[n * call.cos_sin_step + 1];
   }

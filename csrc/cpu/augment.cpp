@@ -50,13 +50,12 @@ PUAT_SIMD void copy_row(Out* out, const In* x, int n, int64_t step) {
 // One image that is not rotated, contiguous: each row is one stretch of a source row, with zeros on both sides.
 template <typename Out, typename In>
 void copy_rows(const AugmentCall& call, const Transform& t, Out* out, const In* x) {
-  const int begin = std::clamp(t.flip ? t.right : -t.right, 0, t.width);
-  const int end = std::clamp(t.flip ? t.width + t.right : t.width - t.right, begin, t.width);
-  const int64_t step = t.flip ? -call.column_stride : call.column_stride;
-  const int64_t first = t.flip ? t.width - 1 - begin + t.right : begin + t.right;
+  const int begin = std::clamp(t.step > 0 ? -t.left : t.left - t.width + 1, 0, t.width);
+  const int end = std::clamp(t.step > 0 ? t.width - t.left : t.left + 1, begin, t.width);
+  const int64_t first = t.left + t.step * begin, step = int64_t{t.step} * call.column_stride;
   for (int c = 0; c < call.channels; ++c) {
     for (int i = 0; i < t.height; ++i, out += t.width) {
-      const int64_t y = i + t.down;
+      const int64_t y = t.top + i;
       const int n = y >= 0 && y < t.height ? end - begin : 0;
       if (n == 0) {
         std::fill_n(out, t.width, Out{});
@@ -70,62 +69,112 @@ void copy_rows(const AugmentCall& call, const Transform& t, Out* out, const In* 
   }
 }
 
-// For output pixels [begin, begin + n) of an image, in the order of its rows: where in x the pixels stand that each is
-// the sum of, -1 for none. kTerms: 1 forward, where a pixel is a copy, and kTakers backward.
-template <int kTerms>
-PUAT_SIMD void map_pixels(const AugmentCall& call, const Transform& t, int begin, int n, int (*map)[kPatch]) {
-  const auto place = [&](bool is_there, int y, int x) {
-    return is_there ? y * call.row_stride + x * call.column_stride : -1;
-  };
-  for (int done = 0; done < n;) {
-    const int y = (begin + done) / t.width, x0 = (begin + done) % t.width, columns = std::min(t.width - x0, n - done);
-#pragma omp simd
-    for (int i = 0; i < columns; ++i) {
-      const int x = x0 + i;
-      if (kTerms == 1) {
-        const Pixel from = source_of(t, y, x);
-        map[0][done + i] = place(from.y >= 0, from.y, from.x);
-      } else {
-        const Pixel corner = takers_of(t, y, x);
-        for (int k = 0; k < kTerms; ++k) {
-          const Pixel taker{corner.y + k / 2, corner.x + k % 2};
-          map[k][done + i] = place(takes(t, taker, y, x), taker.y, taker.x);
-        }
-      }
-    }
-    done += columns;
+// Where in x the pixels stand that `n` pixels of the result copy, -1 for none; and of those few that are a sum, as a
+// gradient's may be, which they are and where its terms stand.
+struct PixelMap {
+  int n, sums;
+  int single[kPatch];
+  int sum[kPatch];
+  int count[kPatch];
+  int terms[kTakers][kPatch];
+};
+
+// Pixels (y, x) to (y, x + n - 1).
+PUAT_SIMD void map_row(const Transform t, int y, int x, int n, int row_stride, int column_stride, int* place) {
+  for (int i = 0; i < n; ++i) {
+    const Pixel from = source_of(t, y, x + i);
+    place[i] = from.y < 0 ? -1 : from.y * row_stride + from.x * column_stride;
   }
 }
 
-template <int kTerms, typename Out, typename In>
-PUAT_SIMD void copy_mapped(const AugmentCall& call, int begin, int n, const int (*map)[kPatch], Out* out, const In* x) {
-  const int64_t pixels = int64_t{call.height} * call.width;
-  for (int c = 0; c < call.channels; ++c, x += call.channel_stride) {
-    Out* to = out + (call.channels_last ? begin * int64_t{call.channels} + c : c * pixels + begin);
-    const int step = call.channels_last ? call.channels : 1;
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      float sum = map[0][i] < 0 ? 0.0f : value_of(x[map[0][i]]);
-      for (int k = 1; k < kTerms; ++k) sum += map[k][i] < 0 ? 0.0f : value_of(x[map[k][i]]);
-      store(&to[static_cast<int64_t>(i) * step], sum);
+PUAT_SIMD void map_row_back(const Transform t, int y, int x, int n, int row_stride, int column_stride, int k,
+                            int* place) {
+  for (int i = 0; i < n; ++i) {
+    const Pixel from = taker_of(t, y, x + i, k);
+    place[i] = from.y < 0 ? -1 : from.y * row_stride + from.x * column_stride;
+  }
+}
+
+// Pixels from `begin` on, row by row. backward: x is the gradient of the result.
+void map_pixels(const AugmentCall& call, const Transform& t, bool backward, int begin, PixelMap* map) {
+  for (int done = 0, n; done < map->n; done += n) {
+    const int y = (begin + done) / t.width, x = (begin + done) % t.width;
+    n = std::min(t.width - x, map->n - done);
+    if (!backward) map_row(t, y, x, n, call.row_stride, call.column_stride, map->single + done);
+    for (int k = 0; backward && k < kTakers; ++k) {
+      map_row_back(t, y, x, n, call.row_stride, call.column_stride, k, map->terms[k] + done);
     }
+  }
+}
+
+// Of a map backward: which pixels have one term, and which more.
+PUAT_SIMD void sort_out(PixelMap* map) {
+  const auto& terms = map->terms;
+  const int n = map->n;
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const int upper = terms[0][i] > terms[1][i] ? terms[0][i] : terms[1][i];
+    const int lower = terms[2][i] > terms[3][i] ? terms[2][i] : terms[3][i];
+    map->single[i] = upper > lower ? upper : lower;
+    map->count[i] = (terms[0][i] >= 0) + (terms[1][i] >= 0) + (terms[2][i] >= 0) + (terms[3][i] >= 0);
+  }
+  map->sums = 0;
+  for (int i = 0; i < n; ++i) {
+    map->sum[map->sums] = i;
+    map->sums += map->count[i] > 1;
+  }
+}
+
+// The pixels of one channel; `step` apart in the result.
+template <typename Out, typename In>
+PUAT_SIMD void copy_single(const PixelMap& map, Out* out, const In* x, int64_t step) {
+  const int n = map.n;
+  const int* place = map.single;
+  const auto value = [&](int i) {
+    const float found = value_of(x[place[i] < 0 ? 0 : place[i]]);  // wanted or not: a load that vectorises
+    return place[i] < 0 ? 0.0f : found;
+  };
+  if (step == 1) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) store(&out[i], value(i));
+  } else {
+    for (int i = 0; i < n; ++i) store(&out[i * step], value(i));
+  }
+}
+
+template <typename Out, typename In>
+void copy_sums(const PixelMap& map, Out* out, const In* x, int64_t step) {
+  for (int j = 0; j < map.sums; ++j) {
+    float sum = 0.0f;
+    for (const auto& places : map.terms) {
+      const int place = places[map.sum[j]];
+      if (place >= 0) sum += value_of(x[place]);
+    }
+    store(&out[map.sum[j] * step], sum);
   }
 }
 
 // Images [begin, end), pixel by pixel. Where they share their draws, they share the map too.
-template <int kTerms, typename Out, typename In>
+template <bool kBackward, typename Out, typename In>
 void run_mapped(const AugmentCall& call, Out* out, const In* x, int64_t begin, int64_t end) {
   const int pixels = call.height * call.width;
   const int64_t size = int64_t{call.channels} * pixels;
+  const int64_t step = call.channels_last ? call.channels : 1, plane = call.channels_last ? 1 : pixels;
   const int64_t group = call.shares_draws() ? end - begin : 1;
-  int map[kTerms][kPatch];
+  PixelMap map;
   for (int64_t first = begin; first < end; first += group) {
     const Transform t = transform_of(call, first);
     for (int done = 0; done < pixels; done += kPatch) {
-      const int n = std::min(kPatch, pixels - done);
-      map_pixels<kTerms>(call, t, done, n, map);
+      map.n = std::min(kPatch, pixels - done);
+      map_pixels(call, t, kBackward, done, &map);
+      if (kBackward) sort_out(&map);
       for (int64_t i = first; i < first + group; ++i) {
-        copy_mapped<kTerms>(call, done, n, map, out + i * size, x + image_of(call, i) * call.image_stride);
+        for (int c = 0; c < call.channels; ++c) {
+          Out* to = out + i * size + done * step + c * plane;
+          const In* from = x + image_of(call, i) * call.image_stride + c * int64_t{call.channel_stride};
+          copy_single(map, to, from, step);
+          if (kBackward) copy_sums(map, to, from, step);
+        }
       }
     }
   }
@@ -133,7 +182,7 @@ void run_mapped(const AugmentCall& call, Out* out, const In* x, int64_t begin, i
 
 template <typename Out, typename In>
 void run_forward(const AugmentCall& call, Out* out, const In* x, int64_t begin, int64_t end) {
-  if (call.cos_sin != nullptr || call.channels_last) return run_mapped<1>(call, out, x, begin, end);
+  if (call.cos_sin != nullptr || call.channels_last) return run_mapped<false>(call, out, x, begin, end);
   const int64_t size = int64_t{call.channels} * call.height * call.width;
   for (int64_t i = begin; i < end; ++i) {
     copy_rows(call, transform_of(call, i), out + i * size, x + image_of(call, i) * call.image_stride);
@@ -142,7 +191,7 @@ void run_forward(const AugmentCall& call, Out* out, const In* x, int64_t begin, 
 
 template <typename Out, typename In>
 void run_backward(const AugmentCall& call, Out* out, const In* x, int64_t begin, int64_t end) {
-  if (call.cos_sin != nullptr || call.channels_last) return run_mapped<kTakers>(call, out, x, begin, end);
+  if (call.cos_sin != nullptr || call.channels_last) return run_mapped<true>(call, out, x, begin, end);
   const int64_t size = int64_t{call.channels} * call.height * call.width;
   for (int64_t i = begin; i < end; ++i) {
     copy_rows(call, moved_back(transform_of(call, i)), out + i * size, x + i * call.image_stride);

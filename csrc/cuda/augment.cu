@@ -45,16 +45,15 @@ __device__ float read(const AugmentCall& call, const In* image, Pixel from, int 
 
 template <bool kBackward, typename In>
 __device__ float element_of(const AugmentCall& call, const Transform& t, const In* image, Position at) {
-  if (!kBackward || !t.rotate) {
+  if (!kBackward || call.cos_sin == nullptr) {
     const Pixel from = source_of(kBackward ? moved_back(t) : t, at.y, at.x);
     return from.y < 0 ? 0.0f : read(call, image, from, at.c);
   }
-  const Pixel corner = takers_of(t, at.y, at.x);
   float sum = 0.0f;
 #pragma unroll
   for (int k = 0; k < kTakers; ++k) {
-    const Pixel taker{corner.y + k / 2, corner.x + k % 2};
-    if (takes(t, taker, at.y, at.x)) sum += read(call, image, taker, at.c);
+    const Pixel taker = taker_of(t, at.y, at.x, k);
+    if (taker.y >= 0) sum += read(call, image, taker, at.c);
   }
   return sum;
 }

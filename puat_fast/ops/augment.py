@@ -15,7 +15,7 @@ from puat_fast.ops._native import _C
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 _FLOATS = (*_KERNEL_DTYPES, torch.float64)
 _MAX_SIZE = 16384
-_UNIT_TOLERANCE = 1e-6
+_UNIT_TOLERANCE = 1e-5
 
 
 def augment(
@@ -112,7 +112,7 @@ def _reference_backward(grad: Tensor, dtype: torch.dtype, channels_last: bool, *
 def _map(
     x: Tensor, top_left: Tensor | None, flip: Tensor | None, cos_sin: Tensor | None, pad: int
 ) -> tuple[Tensor, Tensor]:
-    """For each pixel of the result, by rows: its place among those of the source, and whether it has one; n x 1 x HW."""
+    """For each pixel of the result, row by row: its place among those of the source, and whether it has one."""
     height, width = x.shape[2:]
     rows = torch.arange(height, device=x.device).view(1, -1, 1)
     columns = torch.arange(width, device=x.device).view(1, 1, -1)
