@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "augment.h"
 #include "bind.h"
 #include "pgd_step.h"
 #include "pgd_step_normalize.h"
@@ -46,6 +47,8 @@ std::pair<int, std::string> status() {
 void def_cpu_kernels(py::module_& m) {
   def(m, "adam_cpu", adam_cpu, "params", "grads", "exp_avgs", "exp_avg_sqs", "copies", "steps", "lr", "beta1", "beta2",
       "eps", "threads");
+  def(m, "augment_backward_cpu", augment_backward_cpu, "out", "grad", "top_left", "flip", "cos_sin", "pad", "threads");
+  def(m, "augment_cpu", augment_cpu, "out", "x", "index", "top_left", "flip", "cos_sin", "pad", "threads");
   def(m, "pgd_step_cpu", pgd_step_cpu, "out", "x", "grad", "x0", "eps", "step_size", "threads");
   def(m, "pgd_step_l2_cpu", pgd_step_l2_cpu, "out", "x", "grad", "x0", "eps", "step_size", "threads");
   def(m, "pgd_step_normalize_cpu", pgd_step_normalize_cpu, "x_adv", "c_in", "x", "grad", "x0", "eps", "step_size",
@@ -58,6 +61,8 @@ void def_cpu_kernels(py::module_& m) {
 void def_cuda_kernels(py::module_& m) {
   def(m, "adam_cuda", adam_cuda, "params", "grads", "exp_avgs", "exp_avg_sqs", "copies", "steps", "lr", "beta1",
       "beta2", "eps", "stream");
+  def(m, "augment_backward_cuda", augment_backward_cuda, "out", "grad", "top_left", "flip", "cos_sin", "pad", "stream");
+  def(m, "augment_cuda", augment_cuda, "out", "x", "index", "top_left", "flip", "cos_sin", "pad", "stream");
   def(m, "pgd_step_cuda", pgd_step_cuda, "out", "x", "grad", "x0", "eps", "step_size", "stream");
   def(m, "pgd_step_l2_cuda", pgd_step_l2_cuda, "out", "x", "grad", "x0", "eps", "step_size", "stream");
   def(m, "pgd_step_normalize_cuda", pgd_step_normalize_cuda, "x_adv", "c_in", "x", "grad", "x0", "eps", "step_size",

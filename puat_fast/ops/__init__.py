@@ -1,6 +1,7 @@
 """Ops: tensors in, tensors out, each with a plain-torch reference. They know no networks."""
 
 from puat_fast.ops._library import reference_only
+from puat_fast.ops.augment import augment
 from puat_fast.ops.hinge import hinge, hinge_by_class
 from puat_fast.ops.pgd_step import pgd_step, pgd_step_
 from puat_fast.ops.pgd_step_normalize import pgd_step_normalize
@@ -10,6 +11,7 @@ from puat_fast.ops.softmax_mse import softmax_mse
 
 __all__ = [
     "adam_",
+    "augment",
     "cw_margin",
     "hinge",
     "hinge_by_class",

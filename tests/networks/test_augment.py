@@ -140,12 +140,12 @@ def test_rotation_is_pillows(u):
 
 
 def test_angles_are_uniform_in_the_range(monkeypatch):
-    thetas = []
-    grid = augment_module.F.affine_grid
-    monkeypatch.setattr(augment_module.F, "affine_grid", lambda t, *a, **k: thetas.append(t) or grid(t, *a, **k))
+    drawn = []
+    op = augment_module.augment
+    monkeypatch.setattr(augment_module, "augment", lambda x, **k: drawn.append(k["cos_sin"]) or op(x, **k))
     Augment(Noise(0), 0, False, 15, "image")(torch.rand(2000, 1, 4, 4))
-    theta = thetas[0]
-    degrees = torch.atan2(theta[:, 1, 0], theta[:, 0, 0]) * 180 / math.pi
+    cos, sin = drawn[0].unbind(1)
+    degrees = torch.atan2(sin, cos) * 180 / math.pi
     assert degrees.min() >= -15 and degrees.max() <= 15
     assert chisquare(torch.histc(degrees, 10, -15, 15).numpy()).pvalue > 1e-3
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from puat_fast.data.batch import DiscBatch, SemiBatch, StepBatch
 from puat_fast.data.sampler import BatchSampler
+from puat_fast.ops import augment
 
 
 class ResidentLoader:
@@ -42,8 +43,6 @@ class ResidentLoader:
         self._labels = np.full(len(images), -1, np.int64)
         self._labels[sampler.labelled] = labels[sampler.labelled]
         self._images = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(self.device)
-        # A tensor, not the number 255: by a number, CUDA multiplies with the rounded 1/255, which is not u/255.
-        self._scale = torch.tensor(255, dtype=dtype, device=self.device)
 
     def next_step(self, n_disc: int) -> StepBatch:
         """The batches of a step with n_disc D updates (0: C only); x_u and x_ud are None without unlabelled data.
@@ -86,7 +85,7 @@ class ResidentLoader:
         if self.device.type == "cuda":
             message = message.pin_memory()  # so that the copy does not make the host wait for the device
         indices, y = message.to(self.device, non_blocking=True).tensor_split([len(message) - len(labels)])
-        x = self._images.index_select(0, indices).to(self.dtype).div_(self._scale)
+        x = augment(self._images, index=indices, dtype=self.dtype)
         return torch.split(x, [len(part) for part in drawn]), torch.split(y, [len(part) for part in labelled])
 
 
