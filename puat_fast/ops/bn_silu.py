@@ -77,7 +77,7 @@ def bn_silu(
         return _reference(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, groups, pad)
     x = _channels_last(x)
     residual = None if residual is None else _channels_last(residual)
-    out, h, stats = _BnSilu.apply(
+    out, h, stats = _BnSilu.apply(  # type: ignore[no-untyped-call]
         x, residual, weight, bias, running_mean, running_var, training, momentum, eps, groups, pad
     )
     return BnSilu(out, h, stats[0], stats[2]) if training else BnSilu(out, h, None, None)
@@ -270,7 +270,8 @@ def _backward_fake(
     eps: float, pad: Pad, training: bool, need_input: bool, need_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad_x = torch.empty_like(h, memory_format=torch.channels_last) if need_input else h.new_empty(0)
-    grad_weight, grad_bias = (torch.empty_like(t) if training or need_affine else t.new_empty(0) for t in (weight, bias))
+    reduced = training or need_affine
+    grad_weight, grad_bias = (torch.empty_like(t) if reduced else t.new_empty(0) for t in (weight, bias))
     return grad_x, grad_weight, grad_bias
 
 
