@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from puat_fast.ops._layout import check_dtype, check_like
+from puat_fast.ops._layout import capsules, check_dtype, check_like
 from puat_fast.ops._library import INTERPRETED, Impl, register, takes_reference
+from puat_fast.ops._native import _C
 
 Pad = tuple[int, int, int, int]
 
@@ -52,8 +53,9 @@ def bn_silu(
     `update_running_stats` may do it later from the result's mean and var. In eval mode the running statistics
     normalise, and `groups` says nothing.
 
-    float32 and bfloat16 on a GPU take the Triton kernels, which compute in float32; x, residual and the gradients are
-    made channels_last where they are not, and out and h are channels_last. All else takes the reference.
+    On a GPU, float32 and bfloat16 take the Triton kernels, which compute in float32; on the CPU, float32 that is
+    channels_last takes the C++ kernels. residual and the gradients, on a GPU x too, are made channels_last where they
+    are not; out and h are channels_last. All else takes the reference.
 
     Args:
         x: N x C x H x W; float32, bfloat16 or float64.
@@ -165,7 +167,10 @@ def _check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
 
 
 def _has_kernel(x: Tensor) -> bool:
-    return x.numel() > 0 and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
+    if x.numel() == 0 or x.dtype == torch.float64:
+        return False
+    is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return x.is_cuda or INTERPRETED or (x.dtype == torch.float32 and is_channels_last)
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -229,6 +234,41 @@ def _forward_triton(
     return out, x.new_empty(0) if residual is None else h, stats
 
 
+def _forward_native(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
+    running_var: Tensor | None, training: bool, momentum: float, momentum_tensor: Tensor | None, eps: float,
+    groups: int, pad: Pad,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    out, h, stats = _forward_fake(
+        x, residual, weight, bias, running_mean, running_var, training, momentum, momentum_tensor, eps, groups, pad
+    )
+    threads, summed = torch.get_num_threads(), x if residual is None else h
+    if training:
+        m = momentum if momentum_tensor is None else float(momentum_tensor)
+        mean, var, unbiased = stats
+        rstd = torch.empty_like(mean)
+        optional = _capsules(None if residual is None else h, x, residual, running_mean, running_var)
+        _C.bn_silu_stats_cpu(*capsules(mean, var, rstd), *optional, m, eps, groups, threads)
+        _bump_versions(running_mean, running_var)
+        pixels = x.numel() // (groups * x.shape[1])
+        torch.mul(var, pixels / (pixels - 1), out=unbiased)
+    else:
+        assert running_mean is not None and running_var is not None
+        mean, rstd = running_mean[None], _rstd(running_var[None], eps)
+        if residual is not None:
+            torch.add(x, residual, out=h)
+    _C.bn_silu_apply_cpu(*capsules(out, summed, mean, rstd, weight, bias), *pad, threads)
+    return out, h, stats
+
+
+def _rstd(var: Tensor, eps: float) -> Tensor:
+    return (var + eps).rsqrt_()
+
+
+def _capsules(*tensors: Tensor | None) -> list[Any]:
+    return [None if tensor is None else capsules(tensor)[0] for tensor in tensors]
+
+
 def _bump_versions(*buffers: Tensor | None) -> None:
     """Autograd must see that what it saved of the running statistics is gone."""
     for buffer in buffers:
@@ -265,6 +305,27 @@ def _backward_triton(
     return grad_x, grad_weight, grad_bias
 
 
+def _backward_native(
+    grad_out: Tensor, grad_h: Tensor | None, h: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor,
+    eps: float, pad: Pad, training: bool, need_input: bool, need_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_x, grad_weight, grad_bias = _backward_fake(
+        grad_out, grad_h, h, mean, var, weight, bias, eps, pad, training, need_input, need_affine
+    )
+    threads, sum_dy, sum_dy_xhat = torch.get_num_threads(), None, None
+    normalisation = mean, _rstd(var, eps), weight, bias
+    if training or need_affine:
+        sum_dy, sum_dy_xhat = torch.empty_like(mean), torch.empty_like(mean)
+        _C.bn_silu_reduce_cpu(*capsules(sum_dy, sum_dy_xhat, grad_out, h, *normalisation), *pad, threads)
+        torch.sum(sum_dy_xhat, 0, out=grad_weight)
+        torch.sum(sum_dy, 0, out=grad_bias)
+    if need_input:
+        sums = _capsules(sum_dy, sum_dy_xhat) if training else (None, None)
+        optional = _capsules(grad_x, grad_out, grad_h, h, *normalisation)
+        _C.bn_silu_input_grad_cpu(*optional, *sums, *pad, threads)
+    return grad_x, grad_weight, grad_bias
+
+
 def _backward_fake(
     grad_out: Tensor, grad_h: Tensor | None, h: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor,
     eps: float, pad: Pad, training: bool, need_input: bool, need_affine: bool,
@@ -279,7 +340,7 @@ register(
     "bn_silu_forward(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, bool training, float momentum, Tensor? momentum_tensor, float eps, int groups, "
     "int[] pad) -> (Tensor out, Tensor h, Tensor stats)",
-    cpu=_forward_triton,
+    cpu=_forward_triton if INTERPRETED else _forward_native,
     cuda=_forward_triton,
     fake=_forward_fake,
 )
@@ -287,7 +348,7 @@ register(
     "bn_silu_backward(Tensor grad_out, Tensor? grad_h, Tensor h, Tensor mean, Tensor var, Tensor weight, Tensor bias, "
     "float eps, int[] pad, bool training, bool need_input, bool need_affine) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
-    cpu=_backward_triton,
+    cpu=_backward_triton if INTERPRETED else _backward_native,
     cuda=_backward_triton,
     fake=_backward_fake,
 )
