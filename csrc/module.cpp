@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "bind.h"
+#include "bn_silu.h"
 #include "pgd_step.h"
 #ifdef PUAT_WITH_CUDA
 #include "cuda/runtime.h"
@@ -42,6 +43,14 @@ std::pair<int, std::string> status() {
 }
 
 void def_cpu_kernels(py::module_& m) {
+  def(m, "bn_silu_apply_cpu", bn_silu_apply_cpu, "out", "h", "mean", "rstd", "weight", "bias", "left", "right", "top",
+      "bottom", "threads");
+  def(m, "bn_silu_input_grad_cpu", bn_silu_input_grad_cpu, "grad_x", "grad_out", "grad_h", "h", "mean", "rstd",
+      "weight", "bias", "sum_dy", "sum_dy_xhat", "left", "right", "top", "bottom", "threads");
+  def(m, "bn_silu_reduce_cpu", bn_silu_reduce_cpu, "sum_dy", "sum_dy_xhat", "grad_out", "h", "mean", "rstd", "weight",
+      "bias", "left", "right", "top", "bottom", "threads");
+  def(m, "bn_silu_stats_cpu", bn_silu_stats_cpu, "mean", "var", "rstd", "h", "x", "residual", "running_mean",
+      "running_var", "momentum", "eps", "groups", "threads");
   def(m, "pgd_step_cpu", pgd_step_cpu, "out", "x", "grad", "x0", "eps", "step_size", "threads");
 }
 
