@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 2048  # elements a program computes on at a time: 16 a thread of 4 warps, whose 80 registers or so let six ...
-PROGRAMS = 6 * 132  # ... programs share a multiprocessor: all that an H200 holds at once
+TILE = 1024  # elements that a program computes on at a time: 8 a thread of 4 warps, and about 72 registers, so that ...
+PROGRAMS = 7 * 132  # ... seven programs share a multiprocessor: what an H200 holds at once
 MAX_CHUNKS = 256  # what combine_stats_kernel holds in registers
 
 

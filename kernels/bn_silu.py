@@ -201,10 +201,9 @@ def reduce(
     partial = torch.empty(2, groups, t.chunks, channels, dtype=torch.float32, device=h.device)
     sums = torch.empty(2, groups, channels, dtype=torch.float32, device=h.device)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
-    # maxnreg: the compiler alone takes 128 registers, without need, and fewer programs fit than tiling() counts on
     partial_sums_kernel[t.grid](
         grad_out, h, mean, var, weight, bias, partial, eps, rows, channels, t.chunk, height, width, *pad,
-        PADDED=any(pad), ROWS=t.rows, COLS=t.cols, maxnreg=80,
+        PADDED=any(pad), ROWS=t.rows, COLS=t.cols,
     )  # fmt: skip
     combine_sums_kernel[(triton.cdiv(channels, 16),)](
         partial, sums, grad_weight, grad_bias, channels, t.chunks, groups,

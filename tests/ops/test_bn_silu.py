@@ -4,14 +4,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bn_silu_cases import PADS, SHAPES, compare, each_dtype, formula, operands
 from op_checks import (
-    NO_CUDA,
     assert_close,
     assert_same_bits,
-    check_captured,
     check_compiles,
     check_gradients,
-    check_repeats,
     each_device,
     each_triton_device,
     guarded,
@@ -20,13 +18,6 @@ from torch import Tensor
 
 from puat_fast.ops import bn_silu, reference_only, update_running_stats
 from puat_fast.ops._library import INTERPRETED
-
-PADS = [(0, 0, 0, 0), (0, 1, 0, 1), (1, 1, 1, 1), (2, 0, 1, 3)]
-# One channel, odd primes, a masked column block, full column blocks, one pixel, one row, more than one chunk.
-SHAPES = [(2, 1, 1, 1), (3, 5, 7, 11), (4, 17, 3, 2), (2, 160, 3, 5), (6, 16, 1, 1), (1, 3, 1, 13), (2, 16, 13, 11)]
-
-
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -37,95 +28,6 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(batch_stats, "TILE", 512)
         monkeypatch.setattr(batch_stats, "PROGRAMS", 4)
-
-
-def operands(
-    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, mean: float = 1.0
-) -> dict[str, Tensor]:
-    """x, residual (channels_last), weight, bias, running_mean, running_var."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
-
-    channels = shape[1]
-    x, residual = randn(*shape) * 2 + mean, randn(*shape)
-    vectors = {
-        "weight": 1 + 0.5 * randn(channels), "bias": randn(channels),
-        "running_mean": mean + randn(channels), "running_var": randn(channels) ** 2 + 0.5,
-    }  # fmt: skip
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    images = {"x": x, "residual": residual}
-    return {name: t.to(device, dtype).contiguous(memory_format=torch.channels_last) for name, t in images.items()} | {
-        name: t.to(device, wide) for name, t in vectors.items()
-    }
-
-
-def formula(
-    h: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *,
-    training: bool, momentum: float = 0.01, eps: float = 1e-5, groups: int = 1, pad: tuple[int, ...] = (0, 0, 0, 0),
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """(out, statistics) by elementary operations, group by group: shares no code with the op."""
-    n, channels, height, width = h.shape
-    left, right, top, bottom = pad
-    out = h.new_zeros(n, channels, height + top + bottom, width + left + right)
-    means, variances = [], []
-    for start in range(0, n, n // groups):
-        images = slice(start, start + n // groups)
-        values = h[images].transpose(0, 1).reshape(channels, -1)
-        count = values.shape[1]
-        mean, var = running_mean, running_var
-        if training:
-            mean = values.sum(1) / count
-            var = ((values - mean[:, None]) ** 2).sum(1) / count
-            means.append(mean.detach())
-            variances.append(var.detach() * count / (count - 1))
-            if running_mean is not None:
-                running_mean = (1 - momentum) * running_mean + momentum * means[-1]
-                running_var = (1 - momentum) * running_var + momentum * variances[-1]
-        xhat = (h[images] - mean.view(1, -1, 1, 1)) / (var.view(1, -1, 1, 1) + eps) ** 0.5
-        y = xhat * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
-        out[images, :, top : top + height, left : left + width] = y / (1 + torch.exp(-y))
-    statistics = [torch.stack(means), torch.stack(variances)] if training else []
-    return out, statistics + [t for t in (running_mean, running_var) if t is not None]
-
-
-def compare(
-    device: str, dtype: torch.dtype, shape: tuple[int, ...], *, use: str = "out and h", with_residual: bool = True,
-    frozen: bool = False, mean: float = 1.0, scale: float = 16.0, **options: Any,
-) -> None:  # fmt: skip
-    """The op, in dtype, against the formula in float64: results, statistics and gradients."""
-    given = operands(shape, dtype, device, mean=mean)
-    running = [given.pop("running_mean"), given.pop("running_var")]
-    if frozen:
-        running = [None, None]
-    residual = given.pop("residual")
-    leaves = [t.requires_grad_() for t in (*given.values(), *([residual] if with_residual else []))]
-    result = bn_silu(*given.values(), *running, residual=residual if with_residual else None, **options)
-    above = [operands(tuple(t.shape), dtype, device, seed=9)["residual"] for t in (result.out, result.h)]
-    used = [name in use for name in ("out", "h")]
-    taken = [[t for t, u in zip(pair, used, strict=True) if u] for pair in (result[:2], above)]
-    grads = torch.autograd.grad(*[taken[0], leaves, taken[1]], allow_unused=True)
-    statistics = [t for t in (result.mean, result.var, *running) if t is not None]
-
-    # h is rounded once; all else is computed from what it then is
-    assert_close(result.h, given["x"].double() + (residual.double() if with_residual else 0), dtype)
-    before = operands(shape, dtype, device, mean=mean)
-    running = [None, None] if frozen else [before["running_mean"].double(), before["running_var"].double()]
-    wide = [t.detach().double().requires_grad_() for t in (result.h, given["weight"], given["bias"])]
-    out, expected_statistics = formula(*wide, *running, **options)
-    loss = sum((t * g.double()).sum() for t, g, u in zip((out, wide[0]), above, used, strict=True) if u)
-    expected = list(torch.autograd.grad(loss, wide, allow_unused=True))
-    expected += expected[:1] if with_residual else []
-
-    assert [t.dtype for t in (result.out, result.h)] == [dtype, dtype]
-    if dtype != torch.float64:
-        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in result[:2])
-    pairs = [(result.out, out), *zip(statistics, expected_statistics, strict=True), *zip(grads, expected, strict=True)]
-    for actual, wanted in pairs:
-        assert (actual is None) == (wanted is None)
-        if actual is not None:
-            assert_close(actual, wanted, actual.dtype, scale if actual.dtype == torch.float32 else 2.0)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -289,7 +191,7 @@ def dense(t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5)], ids=str)
 @each_device
 def test_empty(shape: tuple[int, ...], training: bool, device: str) -> None:
     o = operands(shape, torch.float32, device)
@@ -357,7 +259,7 @@ def test_changed_running_statistics_are_noticed() -> None:
 def test_no_second_derivative(device: str) -> None:
     o = operands((2, 3, 4, 5), torch.float32, device)
     x = o.pop("x").requires_grad_()
-    (grad,) = torch.autograd.grad(bn_silu(x, **o, training=True).out.sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(bn_silu(x, **o, training=True).out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -415,13 +317,14 @@ def test_opcheck(training: bool, device: str) -> None:
     o = operands((4, 3, 2, 5), torch.float32, device)
     statistics = o["running_mean"], o["running_var"]
     ops = torch.ops.puat_fast
-    for residual, pad, tensor in ((o["residual"], (0, 1, 0, 1), None), (None, (0, 0, 0, 0), o["bias"][0].clone())):
-        args = (o["x"], residual, o["weight"], o["bias"], *statistics, training, 0.1, tensor, 1e-5, 2, pad)
-        torch.library.opcheck(ops.bn_silu_forward.default, args)
-        grad_out = operands((4, 3, 2 + pad[3], 5 + pad[1]), torch.float32, device)["x"]
-        tables = [t[None].expand(2, 3).contiguous() if training else t[None] for t in statistics]
-        args = (grad_out, residual, o["x"], *tables, o["weight"], o["bias"], 1e-5, pad, training, True, training)
-        torch.library.opcheck(ops.bn_silu_backward.default, args)
+    residual, pad, tensor = (o["residual"], (0, 1, 0, 1), None) if training else (None, (0, 0, 0, 0), torch.ones(()))
+    tensor = tensor if tensor is None else tensor.to(device)
+    args = (o["x"], residual, o["weight"], o["bias"], *statistics, training, 0.1, tensor, 1e-5, 2, pad)
+    torch.library.opcheck(ops.bn_silu_forward.default, args)
+    grad_out = operands((4, 3, 2 + pad[3], 5 + pad[1]), torch.float32, device)["x"]
+    tables = [t[None].expand(2, 3).contiguous() if training else t[None] for t in statistics]
+    args = (grad_out, residual, o["x"], *tables, o["weight"], o["bias"], 1e-5, pad, training, True, training)
+    torch.library.opcheck(ops.bn_silu_backward.default, args)
 
 
 @each_triton_device
@@ -439,96 +342,3 @@ def test_compiles_without_graph_break(device: str) -> None:
     leaves = [o[k].requires_grad_() for k in ("x", "residual", "weight", "bias")]
     for momentum in (0.25, torch.tensor(0.25, device=device)):
         check_compiles(block, [*leaves, o["running_mean"], o["running_var"], momentum])
-
-
-@pytest.mark.parametrize("channels", [1, 3, 16, 17, 48, 160, 320, 640])
-@pytest.mark.parametrize("rows", [1, 63, 64, 65, 16384, 262144, 10**7])
-@pytest.mark.parametrize("groups", [1, 3])
-def test_tiling_covers_every_element_once(channels: int, rows: int, groups: int) -> None:
-    from puat_fast.kernels import batch_stats
-
-    t = batch_stats.tiling(rows, channels, groups)
-    assert t.rows * t.cols == batch_stats.TILE and t.chunk % t.rows == 0
-    assert (t.chunks - 1) * t.chunk < rows <= t.chunks * t.chunk
-    blocks = t.grid[0]
-    assert t.grid == (blocks, t.chunks, groups) and (blocks - 1) * t.cols < channels <= blocks * t.cols
-    assert t.chunks <= batch_stats.MAX_CHUNKS
-    if channels % 16 == 0:
-        assert blocks * t.cols == channels
-
-
-@pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel cannot be compiled")
-@pytest.mark.parametrize("arch", [80, 90])
-@each_dtype
-def test_kernels_fit_the_gpu(dtype: torch.dtype, arch: int) -> None:
-    from triton_compile import assert_fits, compiling, kernels_of
-
-    from puat_fast.kernels import batch_stats
-    from puat_fast.kernels import bn_silu as kernels
-
-    with compiling(arch) as done:
-        for channels, pad, full in ((160, (0, 0, 0, 0), True), (17, (0, 1, 0, 1), False)):
-            x = torch.empty(4, channels, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
-            vector, given = torch.empty(channels), x if full else None
-            momentum = torch.tensor(0.1) if full else 0.1
-            h, stats = batch_stats.batch_stats(x, given, 1, *((vector, vector) if full else (None, None)), momentum)
-            normalisation = stats[0], stats[1], vector, vector
-            out, _ = kernels.apply(x, None if full else x, *normalisation, 1e-5, pad)
-            sums, _, _ = kernels.reduce(out, h, *normalisation, 1e-5, pad)
-            kernels.input_grad(out, given, h, *normalisation, sums if full else None, 1e-5, pad)
-    assert_fits(done, arch)
-    assert {kernel.name for kernel in done} == kernels_of(batch_stats) | kernels_of(kernels)
-
-
-@pytest.mark.gpu
-@NO_CUDA
-class TestCuda:
-    @each_dtype
-    @pytest.mark.parametrize("shape", [(64, 160, 16, 16), (33, 320, 9, 7), (32, 640, 8, 8), (8, 16, 33, 31)], ids=str)
-    @pytest.mark.parametrize("training", [True, False])
-    def test_training_shapes(self, training: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        for pad in PADS[:2]:
-            compare("cuda", dtype, shape, training=training, pad=pad, scale=64.0)
-
-    @each_dtype
-    def test_captured_graph(self, dtype: torch.dtype) -> None:
-        def inputs(seed: int) -> list[Tensor]:
-            return [*operands((8, 160, 9, 7), dtype, "cuda", seed).values(), torch.tensor(0.1 * seed, device="cuda")]
-
-        def step(x, residual, weight, bias, mean, var, momentum):
-            with torch.enable_grad():
-                leaves = [t.detach().requires_grad_() for t in (x, residual, weight, bias)]
-                x, residual, weight, bias = leaves
-                first = bn_silu(
-                    x, weight, bias, mean, var, training=True, momentum=momentum, residual=residual, pad=(0, 1, 0, 1)
-                )  # fmt: skip
-                second = bn_silu(first.h, weight, bias, mean, var, training=False)
-                out = [first.out, second.out]
-                return [*out, *torch.autograd.grad(out, leaves, [t.detach() for t in out])]
-
-        check_captured(step, inputs)
-
-    def test_hundred_repeats(self) -> None:
-        o = operands((64, 160, 17, 15), torch.bfloat16, "cuda")
-        leaves = [o[k].requires_grad_() for k in ("x", "residual", "weight", "bias")]
-        above = torch.randn_like(o["x"])
-
-        def step() -> list[Tensor]:
-            running = o["running_mean"].clone(), o["running_var"].clone()
-            result = bn_silu(leaves[0], *leaves[2:], *running, training=True, residual=leaves[1], groups=2)
-            return [*result, *running, *torch.autograd.grad([result.out, result.h], leaves, [above, above])]
-
-        check_repeats(step)
-
-    def test_side_stream(self) -> None:
-        o = operands((64, 160, 16, 16), torch.float32, "cuda")
-        expected = bn_silu(**{k: v.clone() for k, v in o.items()}, training=True)
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(10_000_000)
-            o["x"].mul_(1.0)
-            actual = bn_silu(**o, training=True)
-        stream.synchronize()
-        for a, b in zip(actual, expected, strict=True):
-            assert_same_bits(a, b)
