@@ -71,10 +71,10 @@ def formula(
 
 def compare(
     device: str, dtype: torch.dtype, shape: tuple[int, ...], *, use: str = "out and h", with_residual: bool = True,
-    frozen: bool = False, mean: float = 1.0, scale: float = 16.0, **options: Any,
+    frozen: bool = False, scale: float = 16.0, **options: Any,
 ) -> None:  # fmt: skip
     """The op, in dtype, against the formula in float64: results, statistics and gradients."""
-    given = operands(shape, dtype, device, mean=mean)
+    given = operands(shape, dtype, device)
     running = [given.pop("running_mean"), given.pop("running_var")]
     if frozen:
         running = [None, None]
@@ -88,8 +88,9 @@ def compare(
     statistics = [t for t in (result.mean, result.var, *running) if t is not None]
 
     # h is rounded once; all else is computed from what it then is
-    assert_close(result.h.detach(), given["x"].detach().double() + (residual.detach().double() if with_residual else 0), dtype)
-    before = operands(shape, dtype, device, mean=mean)
+    exact = given["x"].double() + (residual.double() if with_residual else 0)
+    assert_close(result.h.detach(), exact.detach(), dtype)
+    before = operands(shape, dtype, device)
     running = [None, None] if frozen else [before["running_mean"].double(), before["running_var"].double()]
     wide = [t.detach().double().requires_grad_() for t in (result.h, given["weight"], given["bias"])]
     out, expected_statistics = formula(*wide, *running, **options)
@@ -100,8 +101,8 @@ def compare(
     assert [t.dtype for t in (result.out, result.h)] == [dtype, dtype]
     if dtype != torch.float64:
         assert all(t.is_contiguous(memory_format=torch.channels_last) for t in result[:2])
-    pairs = [(result.out.detach(), out.detach()), *zip(statistics, expected_statistics, strict=True), *zip(grads, expected, strict=True)]
-    for actual, wanted in pairs:
+    pairs = [(result.out.detach(), out.detach()), *zip(statistics, expected_statistics, strict=True)]
+    for actual, wanted in [*pairs, *zip(grads, expected, strict=True)]:
         assert (actual is None) == (wanted is None)
         if actual is not None:
             assert_close(actual, wanted, actual.dtype, scale if actual.dtype == torch.float32 else 2.0)
