@@ -104,8 +104,7 @@ def partial_sums_kernel(
             source = _padded_offsets(group, rows, row, cols, channels, height, width, left, right, top, bottom)
         g = tl.load(grad_out + source, mask, other=0.0).to(tl.float32)
         dy, xhat = _y_gradient(g, tl.load(h + offsets, mask, other=0.0).to(tl.float32), mean, rstd, weight, bias)
-        dy = tl.where(mask, dy, 0.0)
-        sum_dy += dy
+        sum_dy += dy  # 0 where masked, as the gradient is
         sum_dy_xhat += dy * xhat
     index = (group * tl.num_programs(1) + tl.program_id(1)) * channels + cols
     size = tl.num_programs(2) * tl.num_programs(1) * channels
