@@ -1,4 +1,4 @@
-// Runs the four CPU stages over ragged shapes on exactly sized heap buffers, and exp over its range; built with
+// Runs the CPU stages over ragged shapes on exactly sized heap buffers, and exp over its range; built with
 // sanitizers by tests/asan.sh.
 #include <algorithm>
 #include <cmath>
@@ -67,6 +67,12 @@ void run(int64_t n, int64_t c, int64_t height, int64_t width, bool padded, int64
                                mean.view("mean"), rstd.view("rstd"), weight.view("weight"), bias.view("bias"),
                                sum_dy.view("sum_dy"), sum_dy_xhat.view("sum_dy_xhat"), left, right, top, bottom,
                                threads);
+  const std::vector<float> expected = grad_x.values;
+  puat::bn_silu_backward_cpu(grad_x.view("grad_x"), sum_dy.view("sum_dy"), sum_dy_xhat.view("sum_dy_xhat"),
+                             grad_out.view("grad_out"), residual.view("grad_h"), h.view("h"), mean.view("mean"),
+                             rstd.view("rstd"), weight.view("weight"), bias.view("bias"), left, right, top, bottom,
+                             threads);
+  require(grad_x.values == expected, "backward is not reduce and input_grad");
   for (size_t i = 0; i < h.values.size(); ++i) require(h.values[i] == x.values[i] + residual.values[i], "h");
   for (const Owned* t : {&out, &grad_x, &mean, &var, &rstd, &sum_dy, &sum_dy_xhat, &running_mean, &running_var}) {
     for (float value : t->values) require(std::isfinite(value), "a result is not finite");

@@ -299,7 +299,9 @@ def all_stages(case: Case, threads: int) -> list[Tensor]:
     call("reduce", [sum_dy, sum_dy_xhat, *arguments], *case.pad, threads)
     sums = [sum_dy, sum_dy_xhat]
     call("input_grad", [grad_x, case.grad_out, case.grad_h, *arguments[1:], *sums], *case.pad, threads)
-    return [mean, var, rstd, *running, h, out, sum_dy, sum_dy_xhat, grad_x]
+    again = [torch.empty_like(case.h), table(n, c), table(n, c)]
+    call("backward", [*again, case.grad_out, case.grad_h, *arguments[1:]], *case.pad, threads)
+    return [mean, var, rstd, *running, h, out, sum_dy, sum_dy_xhat, grad_x, *again]
 
 
 @pytest.mark.parametrize("pad", PADS[:2], ids=str)
@@ -324,7 +326,7 @@ def test_writes_nothing_around_its_tensors(pad: tuple[int, ...]) -> None:
             return inner
 
         plain = all_stages(case, 1)
-        mean, var, rstd, running_mean, running_var, h, out, sum_dy, sum_dy_xhat, grad_x = found = [
+        mean, var, rstd, running_mean, running_var, h, out, sum_dy, sum_dy_xhat, grad_x, *again = found = [
             guard(torch.full_like(t, math.nan)) for t in plain
         ]
         running_mean.fill_(0), running_var.fill_(1)
@@ -334,6 +336,7 @@ def test_writes_nothing_around_its_tensors(pad: tuple[int, ...]) -> None:
         call("reduce", [sum_dy, sum_dy_xhat, grad_out, h, mean, rstd, weight, bias], *pad, 1)
         arguments = [grad_x, grad_out, residual, h, mean, rstd, weight, bias, sum_dy, sum_dy_xhat]
         call("input_grad", arguments, *pad, 1)
+        call("backward", [*again, *arguments[1:-2]], *pad, 1)
         for check in checks:
             check()
         for actual, expected in zip(found, plain, strict=True):
@@ -342,18 +345,31 @@ def test_writes_nothing_around_its_tensors(pad: tuple[int, ...]) -> None:
             assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize("target", ["h", "grad_h", "grad_out"])
-def test_in_place(target: str) -> None:
+def test_apply_in_place() -> None:
     case = Case((2, 17, 5, 7), 1)
-    rest = [*case.parameters, *(table(1, 17).fill_(0.5) for _ in range(2))]
     expected = torch.empty_like(case.h)
-    call("input_grad", [expected, case.grad_out, case.grad_h, case.h, *rest], *NO_PAD, 1)
-    actual = getattr(case, target)
-    call("input_grad", [actual, case.grad_out, case.grad_h, case.h, *rest], *NO_PAD, 1)
-    assert_same_bits(actual, expected)
-    call("apply", [expected, case.grad_h, *case.parameters], *NO_PAD, 1)
-    call("apply", [case.grad_h, case.grad_h, *case.parameters], *NO_PAD, 1)
-    assert_same_bits(case.grad_h, expected)
+    call("apply", [expected, case.h, *case.parameters], *NO_PAD, 1)
+    call("apply", [case.h, case.h, *case.parameters], *NO_PAD, 1)
+    assert_same_bits(case.h, expected)
+
+
+@each_shape
+@each_pad
+@each_groups
+@pytest.mark.parametrize("with_grad_h", [False, True])
+def test_backward_is_reduce_and_input_grad(
+    shape: tuple[int, ...], pad: tuple[int, ...], groups: int, with_grad_h: bool
+) -> None:
+    case = Case(shape, groups, pad)
+    grad_h = case.grad_h if with_grad_h else None
+    actual, expected = (
+        [torch.full_like(case.h, math.nan), table(groups, shape[1]), table(groups, shape[1])] for _ in range(2)
+    )
+    call("backward", [*actual, case.grad_out, grad_h, case.h, *case.parameters], *pad, 1)
+    call("reduce", [*expected[1:], case.grad_out, case.h, *case.parameters], *pad, 1)
+    call("input_grad", [expected[0], case.grad_out, grad_h, case.h, *case.parameters, *expected[1:]], *pad, 1)
+    for a, b in zip(actual, expected, strict=True):
+        assert_same_bits(a, b)
 
 
 def arguments_of(function: str) -> tuple[dict[str, Tensor | None], dict[str, float]]:
@@ -374,10 +390,11 @@ def arguments_of(function: str) -> tuple[dict[str, Tensor | None], dict[str, flo
         "apply": ({"out": wide, **fixed}, pad),
         "reduce": ({**sums, "grad_out": wide, **fixed}, pad),
         "input_grad": ({"grad_x": x[1], "grad_out": wide, "grad_h": x[2], **fixed, **sums}, pad),
+        "backward": ({"grad_x": x[1], **sums, "grad_out": wide, "grad_h": x[2], **fixed}, pad),
     }[function]
 
 
-FUNCTIONS = ["stats", "apply", "reduce", "input_grad"]
+FUNCTIONS = ["stats", "apply", "reduce", "input_grad", "backward"]
 IMAGES = {"x", "h", "residual", "out", "grad_out", "grad_x", "grad_h"}
 EACH_TENSOR = [(function, name) for function in FUNCTIONS for name in arguments_of(function)[0]]
 
@@ -425,6 +442,11 @@ def test_every_tensor_is_checked(function: str, name: str) -> None:
         ("reduce", "sum_dy_xhat", "rstd"),
         ("apply", "out", "h"),
         ("input_grad", "grad_x", "grad_out"),
+        ("input_grad", "grad_x", "grad_h"),
+        ("backward", "grad_x", "h"),
+        ("backward", "grad_x", "grad_h"),
+        ("backward", "sum_dy", "sum_dy_xhat"),
+        ("backward", "sum_dy", "rstd"),
     ],
 )
 def test_one_memory_for_two_is_refused(function: str, first: str, second: str) -> None:
@@ -437,17 +459,13 @@ def test_one_memory_for_two_is_refused(function: str, first: str, second: str) -
 
 @pytest.mark.parametrize(
     ("function", "first", "second"),
-    [
-        ("stats", "h", "x"),
-        ("stats", "h", "residual"),
-        ("input_grad", "grad_x", "h"),
-        ("input_grad", "grad_x", "grad_h"),
-    ],
+    [("stats", "h", "x"), ("stats", "h", "residual"), ("apply", "out", "h")],
 )
 def test_partial_overlap_is_refused(function: str, first: str, second: str) -> None:
     buffer = images(5, 3, 5, 7)
     change = {first: buffer[:4], second: buffer[1:]}
-    refuses(function, change, f"^{second}: expected memory apart from that of {first}, or the same")
+    no_pad = {"right": 0, "bottom": 0}
+    refuses(function, change | no_pad, f"^{second}: expected memory apart from that of {first}, or the same")
 
 
 @pytest.mark.parametrize(
