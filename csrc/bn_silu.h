@@ -103,6 +103,7 @@ inline void check_elementwise(const TensorView& written, const TensorView& read,
 }
 
 inline const TensorView* pointer(const std::optional<TensorView>& t) { return t ? &*t : nullptr; }
+inline float* data(const std::optional<TensorView>& t) { return t ? t->as<float>() : nullptr; }
 
 inline void check_bn_silu_stats(const TensorView& mean, const std::optional<TensorView>& var, const TensorView& rstd,
                                 const std::optional<TensorView>& h, const TensorView& x,
@@ -159,6 +160,23 @@ inline void check_padded(const TensorView& t, const Pixels& pixels) {
   check_channels_last(t, {pixels.images, pixels.channels, pixels.padded_height(), pixels.padded_width()});
 }
 
+inline void check_sums(const TensorView& sum_dy, const TensorView& sum_dy_xhat, const TensorView& mean,
+                       std::initializer_list<const TensorView*> read) {
+  for (const TensorView* sum : {&sum_dy, &sum_dy_xhat}) {
+    check_table(*sum, mean.shape);
+    check_apart(*sum, read);
+  }
+  check_apart(sum_dy, {&sum_dy_xhat});
+}
+
+inline void check_grad_x(const TensorView& grad_x, const std::optional<TensorView>& grad_h, const TensorView& h,
+                         std::initializer_list<const TensorView*> others) {
+  check_channels_last(grad_x, h.shape);
+  if (grad_h) check_channels_last(*grad_h, h.shape);
+  check_apart(grad_x, {&h, pointer(grad_h)});
+  check_apart(grad_x, others);
+}
+
 // mean and biased var of each group and channel, rstd = 1 / sqrt(var + eps). With a residual of x: h = x + residual
 // (h may be either of them), and the statistics are h's. With running_mean and running_var (C): for one group after the
 // other, running = (1 - momentum) running + momentum batch, in which the variance is the unbiased one.
@@ -180,11 +198,18 @@ void bn_silu_reduce_cpu(const TensorView& sum_dy, const TensorView& sum_dy_xhat,
                         const TensorView& bias, int64_t left, int64_t right, int64_t top, int64_t bottom, int threads);
 
 // grad_x = weight rstd (dy - (sum_dy + xhat sum_dy_xhat) / pixels of a group) + grad_h. Without the sums, mean and rstd
-// are constants (eval) and the bracket is dy. grad_x may be h, grad_h or, without padding, grad_out.
+// are constants (eval) and the bracket is dy.
 void bn_silu_input_grad_cpu(const TensorView& grad_x, const TensorView& grad_out,
                             const std::optional<TensorView>& grad_h, const TensorView& h, const TensorView& mean,
                             const TensorView& rstd, const TensorView& weight, const TensorView& bias,
                             const std::optional<TensorView>& sum_dy, const std::optional<TensorView>& sum_dy_xhat,
                             int64_t left, int64_t right, int64_t top, int64_t bottom, int threads);
+
+// Both of these of a training step, faster than one after the other: grad_x holds dy in between.
+void bn_silu_backward_cpu(const TensorView& grad_x, const TensorView& sum_dy, const TensorView& sum_dy_xhat,
+                          const TensorView& grad_out, const std::optional<TensorView>& grad_h, const TensorView& h,
+                          const TensorView& mean, const TensorView& rstd, const TensorView& weight,
+                          const TensorView& bias, int64_t left, int64_t right, int64_t top, int64_t bottom,
+                          int threads);
 
 }  // namespace puat

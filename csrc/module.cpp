@@ -45,6 +45,8 @@ std::pair<int, std::string> status() {
 void def_cpu_kernels(py::module_& m) {
   def(m, "bn_silu_apply_cpu", bn_silu_apply_cpu, "out", "h", "mean", "rstd", "weight", "bias", "left", "right", "top",
       "bottom", "threads");
+  def(m, "bn_silu_backward_cpu", bn_silu_backward_cpu, "grad_x", "sum_dy", "sum_dy_xhat", "grad_out", "grad_h", "h",
+      "mean", "rstd", "weight", "bias", "left", "right", "top", "bottom", "threads");
   def(m, "bn_silu_input_grad_cpu", bn_silu_input_grad_cpu, "grad_x", "grad_out", "grad_h", "h", "mean", "rstd",
       "weight", "bias", "sum_dy", "sum_dy_xhat", "left", "right", "top", "bottom", "threads");
   def(m, "bn_silu_reduce_cpu", bn_silu_reduce_cpu, "sum_dy", "sum_dy_xhat", "grad_out", "h", "mean", "rstd", "weight",

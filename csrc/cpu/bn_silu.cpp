@@ -16,7 +16,7 @@ constexpr int64_t kBlock = 32768;
 
 // Loops run over a strip of several pixels at once, so that few channels fill the vectors too, and so that a sum is not
 // added to again before the processor is done with the last addition.
-constexpr int64_t kStrip = 256;
+constexpr int64_t kStrip = 512;
 
 // Rows of floats, each beginning a cache line.
 class Rows {
@@ -100,93 +100,60 @@ class Affines {
   const Rows rows_;
 };
 
-// body(first pixel, its place in the padded images, number of pixels) for each stretch of neighbours in [begin, end).
+// body(at, padded_at, n) for each strip of a block: n floats, first of a pixel at float `at` of the images and
+// `padded_at` of the padded ones.
 template <typename Body>
-void for_runs(const Pixels& pixels, int64_t begin, int64_t end, const Body& body) {
-  while (begin < end) {
-    const int64_t count = std::min(end - begin, pixels.run() - begin % pixels.run());
-    body(begin, pixels.padded_index(begin), count);
-    begin += count;
-  }
-}
-
-// The loops: over n floats from the first channel of a pixel on, lane i of each strip with lane i of the row arguments.
-
-// h = x + residual, if there is one; sum += h or x.
-PUAT_SIMD void add_up(float* sum, float* h, const float* x, const float* residual, int64_t n, int64_t strip) {
-  for (int64_t at = 0; at < n; at += strip) {
-    const int64_t length = std::min(strip, n - at);
-    const float* from = x + at;
-    if (residual != nullptr) {
-#pragma omp simd
-      for (int64_t i = 0; i < length; ++i) h[at + i] = x[at + i] + residual[at + i];
-      from = h + at;
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < length; ++i) sum[i] += from[i];
-  }
-}
-
-// sum += h - centre, square += (h - centre)^2.
-PUAT_SIMD void add_moments(float* sum, float* square, const float* h, const float* centre, int64_t n, int64_t strip) {
-  for (int64_t at = 0; at < n; at += strip) {
-    const int64_t length = std::min(strip, n - at);
-#pragma omp simd
-    for (int64_t i = 0; i < length; ++i) {
-      const float d = h[at + i] - centre[i];
-      sum[i] += d;
-      square[i] += d * d;
+void for_strips(const Pixels& pixels, const Blocks& blocks, int64_t block, const Body& body) {
+  const int64_t channels = blocks.channels, end = blocks.end(block);
+  for (int64_t begin = blocks.begin(block), count; begin < end; begin += count) {
+    count = std::min(end - begin, pixels.run() - begin % pixels.run());
+    const int64_t padded = pixels.padded_index(begin);
+    for (int64_t p = 0; p < count; p += blocks.strip_pixels) {
+      body((begin + p) * channels, (padded + p) * channels, std::min(blocks.strip_pixels, count - p) * channels);
     }
   }
 }
 
-PUAT_SIMD void apply(float* out, const float* h, Affine to, int64_t n, int64_t strip) {
-  for (int64_t at = 0; at < n; at += strip) {
-    const int64_t length = std::min(strip, n - at);
+// The loops, over n lanes of a strip.
+
+PUAT_SIMD void add(float* h, const float* x, const float* residual, int64_t n) {
 #pragma omp simd
-    for (int64_t i = 0; i < length; ++i) out[at + i] = silu((h[at + i] - to.mean[i]) * to.scale[i] + to.bias[i]);
+  for (int64_t i = 0; i < n; ++i) h[i] = x[i] + residual[i];
+}
+
+PUAT_SIMD void add_moments(float* sum, float* square, const float* h, const float* centre, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float d = h[i] - centre[i];
+    sum[i] += d;
+    square[i] += d * d;
   }
 }
 
-// sum += dy, product += dy (h - mean).
-PUAT_SIMD void add_gradients(float* sum, float* product, const float* grad_out, const float* h, Affine to, int64_t n,
-                             int64_t strip) {
-  for (int64_t at = 0; at < n; at += strip) {
-    const int64_t length = std::min(strip, n - at);
+PUAT_SIMD void apply(float* out, const float* h, Affine to, int64_t n) {
 #pragma omp simd
-    for (int64_t i = 0; i < length; ++i) {
-      const float d = h[at + i] - to.mean[i];
-      const float dy = grad_out[at + i] * silu_grad(d * to.scale[i] + to.bias[i]);
-      sum[i] += dy;
-      product[i] += dy * d;
-    }
+  for (int64_t i = 0; i < n; ++i) out[i] = silu((h[i] - to.mean[i]) * to.scale[i] + to.bias[i]);
+}
+
+PUAT_SIMD void activation_grad(float* dy, const float* grad_out, const float* h, Affine to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) dy[i] = grad_out[i] * silu_grad((h[i] - to.mean[i]) * to.scale[i] + to.bias[i]);
+}
+
+PUAT_SIMD void add_products(float* sum, float* product, const float* dy, const float* h, const float* mean, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    sum[i] += dy[i];
+    product[i] += dy[i] * (h[i] - mean[i]);
   }
 }
 
-// scale (dy - offset - slope (h - mean)).
-inline float input_grad(float grad_out, float h, float mean, float scale, float bias, float offset, float slope) {
-  const float d = h - mean;
-  return scale * (grad_out * silu_grad(d * scale + bias) - offset - slope * d);
-}
-
-// grad_x = input_grad(...), plus grad_h if there is one.
-PUAT_SIMD void input_grads(float* grad_x, const float* grad_out, const float* grad_h, const float* h, Affine to,
-                           const float* offset, const float* slope, int64_t n, int64_t strip) {
-  for (int64_t at = 0; at < n; at += strip) {
-    const int64_t length = std::min(strip, n - at);
-    if (grad_h != nullptr) {
+// dy becomes grad_x.
+PUAT_SIMD void normalisation_grad(float* grad_x, const float* h, Affine to, const float* offset, const float* slope,
+                                  int64_t n) {
 #pragma omp simd
-      for (int64_t i = 0; i < length; ++i) {
-        grad_x[at + i] = grad_h[at + i] + input_grad(grad_out[at + i], h[at + i], to.mean[i], to.scale[i], to.bias[i],
-                                                     offset[i], slope[i]);
-      }
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < length; ++i) {
-        grad_x[at + i] =
-            input_grad(grad_out[at + i], h[at + i], to.mean[i], to.scale[i], to.bias[i], offset[i], slope[i]);
-      }
-    }
+  for (int64_t i = 0; i < n; ++i) {
+    grad_x[i] = to.scale[i] * (grad_x[i] - offset[i] - slope[i] * (h[i] - to.mean[i]));
   }
 }
 
@@ -210,18 +177,22 @@ struct Moments {
 
 // Per block: a row of centres near the block's means, of sums of h - centre, and of sums of its square. The centres
 // take large means out before anything is squared; what rounding leaves of the mean is in the sums.
-void block_moments(const Blocks& blocks, const Rows& rows, int64_t block, float* h, const float* x,
-                   const float* residual) {
+void block_moments(const Pixels& pixels, const Blocks& blocks, const Rows& rows, int64_t block, float* h,
+                   const float* x, const float* residual) {
   float *centre = rows[3 * block], *sum = rows[3 * block + 1], *square = rows[3 * block + 2];
-  const int64_t channels = blocks.channels, strip = blocks.strip(), first = blocks.begin(block) * channels;
-  const int64_t pixels = blocks.end(block) - blocks.begin(block);
+  const int64_t channels = blocks.channels, strip = blocks.strip();
+  const float count = static_cast<float>(blocks.end(block) - blocks.begin(block));
   std::fill(sum, sum + strip, 0.0f);
-  add_up(sum, h + first, x + first, residual == nullptr ? nullptr : residual + first, pixels * channels, strip);
+  for_strips(pixels, blocks, block, [=](int64_t at, int64_t, int64_t n) {
+    if (residual != nullptr) add(h + at, x + at, residual + at, n);
+    add(sum, sum, h + at, n);
+  });
   for (int64_t i = channels; i < strip; ++i) sum[i % channels] += sum[i];
-  blocks.spread(centre, [=](int64_t c) { return sum[c] / static_cast<float>(pixels); });
+  blocks.spread(centre, [=](int64_t c) { return sum[c] / count; });
   std::fill(sum, sum + strip, 0.0f);
   std::fill(square, square + strip, 0.0f);
-  add_moments(sum, square, h + first, centre, pixels * channels, strip);
+  for_strips(pixels, blocks, block,
+             [=](int64_t at, int64_t, int64_t n) { add_moments(sum, square, h + at, centre, n); });
 }
 
 Moments group_moments(const Blocks& blocks, const Rows& rows, int64_t group) {
@@ -245,6 +216,76 @@ Moments group_moments(const Blocks& blocks, const Rows& rows, int64_t group) {
 void update(float* running, double batch, double momentum) {
   *running = static_cast<float>((1.0 - momentum) * *running + momentum * batch);
 }
+
+// What the backward stages share.
+struct Backward {
+  const Pixels pixels;
+  const Blocks blocks;
+  const Affines affines;
+  const float *grad_out, *h, *mean, *rstd;
+  const int threads;
+
+  Backward(const Pixels& pixels, const TensorView& grad_out, const TensorView& h, const TensorView& mean,
+           const TensorView& rstd, const TensorView& weight, const TensorView& bias, int threads)
+      : pixels(pixels),
+        blocks(pixels, mean.shape[0]),
+        affines(blocks, mean, rstd, weight, bias),
+        grad_out(grad_out.as<float>()),
+        h(h.as<float>()),
+        mean(mean.as<float>()),
+        rstd(rstd.as<float>()),
+        threads(threads) {}
+
+  // The sums; dy is kept where there is room for it.
+  void reduce(float* sum_dy, float* sum_dy_xhat, float* dy) const {
+    const Rows rows(3 * blocks.count(), blocks.strip());
+    blocks.for_each(threads, [&](int64_t block) {
+      float *sum = rows[3 * block], *product = rows[3 * block + 1], *room = rows[3 * block + 2];
+      const Affine to = affines[blocks.group(block)];
+      std::fill(sum, sum + blocks.strip(), 0.0f);
+      std::fill(product, product + blocks.strip(), 0.0f);
+      for_strips(pixels, blocks, block, [&](int64_t at, int64_t padded_at, int64_t n) {
+        float* const strip_dy = dy == nullptr ? room : dy + at;
+        activation_grad(strip_dy, grad_out + padded_at, h + at, to, n);
+        add_products(sum, product, strip_dy, h + at, to.mean, n);
+      });
+    });
+    std::vector<double> sum(blocks.channels), product(blocks.channels);
+    for (int64_t g = 0; g < blocks.groups; ++g) {
+      std::fill(sum.begin(), sum.end(), 0.0);
+      std::fill(product.begin(), product.end(), 0.0);
+      for (int64_t block = g * blocks.per_group; block < (g + 1) * blocks.per_group; ++block) {
+        blocks.add_lanes(sum, rows[3 * block]);
+        blocks.add_lanes(product, rows[3 * block + 1]);
+      }
+      for (int64_t c = 0, at = g * blocks.channels; c < blocks.channels; ++c, ++at) {
+        sum_dy[at] = static_cast<float>(sum[c]);
+        sum_dy_xhat[at] = static_cast<float>(product[c] * rstd[at]);
+      }
+    }
+  }
+
+  // has_dy: grad_x holds dy. sum_dy and sum_dy_xhat may be null, grad_h too.
+  void input_grad(float* grad_x, bool has_dy, const float* grad_h, const float* sum_dy,
+                  const float* sum_dy_xhat) const {
+    const Rows rows(2 * blocks.groups, blocks.strip());  // offset and slope of normalisation_grad
+    const double count = static_cast<double>(blocks.group_pixels);
+    for (int64_t g = 0; g < blocks.groups; ++g) {
+      const int64_t first = g * blocks.channels;
+      blocks.spread(rows[2 * g], [=](int64_t c) { return sum_dy ? sum_dy[first + c] / count : 0.0; });
+      blocks.spread(rows[2 * g + 1],
+                    [=](int64_t c) { return sum_dy_xhat ? sum_dy_xhat[first + c] / count * rstd[first + c] : 0.0; });
+    }
+    blocks.for_each(threads, [&](int64_t block) {
+      const int64_t g = blocks.group(block);
+      for_strips(pixels, blocks, block, [&](int64_t at, int64_t padded_at, int64_t n) {
+        if (!has_dy) activation_grad(grad_x + at, grad_out + padded_at, h + at, affines[g], n);
+        normalisation_grad(grad_x + at, h + at, affines[g], rows[2 * g], rows[2 * g + 1], n);
+        if (grad_h != nullptr) add(grad_x + at, grad_x + at, grad_h + at, n);
+      });
+    });
+  }
+};
 
 // The padding of `out`, whose inner part is left alone.
 void clear_padding(float* out, const Pixels& to, int threads) {
@@ -272,11 +313,12 @@ void bn_silu_stats_cpu(const TensorView& mean, const std::optional<TensorView>& 
                        const std::optional<TensorView>& running_var, double momentum, double eps, int64_t groups,
                        int threads) {
   check_bn_silu_stats(mean, var, rstd, h, x, residual, running_mean, running_var, groups);
-  const Blocks blocks(Pixels(x), groups);
+  const Pixels pixels(x);
+  const Blocks blocks(pixels, groups);
   const Rows rows(3 * blocks.count(), blocks.strip());
-  float* data = h ? h->as<float>() : x.as<float>();
+  float* summed = h ? data(h) : x.as<float>();
   blocks.for_each(threads, [&](int64_t block) {
-    block_moments(blocks, rows, block, data, x.as<float>(), residual ? residual->as<float>() : nullptr);
+    block_moments(pixels, blocks, rows, block, summed, x.as<float>(), data(residual));
   });
   const double count = static_cast<double>(blocks.group_pixels);
   for (int64_t g = 0; g < groups; ++g) {
@@ -305,11 +347,10 @@ void bn_silu_apply_cpu(const TensorView& out, const TensorView& h, const TensorV
   const Blocks blocks(pixels, mean.shape[0]);
   const Affines affines(blocks, mean, rstd, weight, bias);
   if (pixels.padded()) clear_padding(out.as<float>(), pixels, threads);
-  const int64_t channels = pixels.channels;
   blocks.for_each(threads, [&](int64_t block) {
-    for_runs(pixels, blocks.begin(block), blocks.end(block), [&](int64_t from, int64_t to, int64_t count) {
-      apply(out.as<float>() + to * channels, h.as<float>() + from * channels, affines[blocks.group(block)],
-            count * channels, blocks.strip());
+    const Affine to = affines[blocks.group(block)];
+    for_strips(pixels, blocks, block, [&](int64_t at, int64_t padded_at, int64_t n) {
+      apply(out.as<float>() + padded_at, h.as<float>() + at, to, n);
     });
   });
 }
@@ -319,37 +360,9 @@ void bn_silu_reduce_cpu(const TensorView& sum_dy, const TensorView& sum_dy_xhat,
                         const TensorView& bias, int64_t left, int64_t right, int64_t top, int64_t bottom, int threads) {
   const Pixels pixels = check_bn_silu(h, mean, rstd, weight, bias, left, right, top, bottom);
   check_padded(grad_out, pixels);
-  for (const TensorView* sum : {&sum_dy, &sum_dy_xhat}) {
-    check_table(*sum, mean.shape);
-    check_apart(*sum, {&grad_out, &h, &mean, &rstd, &weight, &bias});
-  }
-  check_apart(sum_dy, {&sum_dy_xhat});
-  const Blocks blocks(pixels, mean.shape[0]);
-  const Affines affines(blocks, mean, rstd, weight, bias);
-  const Rows rows(2 * blocks.count(), blocks.strip());
-  const int64_t channels = pixels.channels, strip = blocks.strip();
-  blocks.for_each(threads, [&](int64_t block) {
-    float *sum = rows[2 * block], *product = rows[2 * block + 1];
-    std::fill(sum, sum + strip, 0.0f);
-    std::fill(product, product + strip, 0.0f);
-    for_runs(pixels, blocks.begin(block), blocks.end(block), [&](int64_t at, int64_t padded_at, int64_t count) {
-      add_gradients(sum, product, grad_out.as<float>() + padded_at * channels, h.as<float>() + at * channels,
-                    affines[blocks.group(block)], count * channels, strip);
-    });
-  });
-  std::vector<double> sum(channels), product(channels);
-  for (int64_t g = 0; g < blocks.groups; ++g) {
-    std::fill(sum.begin(), sum.end(), 0.0);
-    std::fill(product.begin(), product.end(), 0.0);
-    for (int64_t block = g * blocks.per_group; block < (g + 1) * blocks.per_group; ++block) {
-      blocks.add_lanes(sum, rows[2 * block]);
-      blocks.add_lanes(product, rows[2 * block + 1]);
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      sum_dy.as<float>()[g * channels + c] = static_cast<float>(sum[c]);
-      sum_dy_xhat.as<float>()[g * channels + c] = static_cast<float>(product[c] * rstd.as<float>()[g * channels + c]);
-    }
-  }
+  check_sums(sum_dy, sum_dy_xhat, mean, {&grad_out, &h, &mean, &rstd, &weight, &bias});
+  const Backward backward(pixels, grad_out, h, mean, rstd, weight, bias, threads);
+  backward.reduce(sum_dy.as<float>(), sum_dy_xhat.as<float>(), nullptr);
 }
 
 void bn_silu_input_grad_cpu(const TensorView& grad_x, const TensorView& grad_out,
@@ -359,39 +372,27 @@ void bn_silu_input_grad_cpu(const TensorView& grad_x, const TensorView& grad_out
                             int64_t left, int64_t right, int64_t top, int64_t bottom, int threads) {
   const Pixels pixels = check_bn_silu(h, mean, rstd, weight, bias, left, right, top, bottom);
   check_padded(grad_out, pixels);
+  check_grad_x(grad_x, grad_h, h, {&grad_out, &mean, &rstd, &weight, &bias, pointer(sum_dy), pointer(sum_dy_xhat)});
   check_together(sum_dy, sum_dy_xhat, "sum_dy and sum_dy_xhat");
-  check_channels_last(grad_x, h.shape);
-  check_elementwise(grad_x, h, false);
-  check_elementwise(grad_x, grad_out, pixels.padded());
-  if (grad_h) {
-    check_channels_last(*grad_h, h.shape);
-    check_elementwise(grad_x, *grad_h, false);
-  }
   for (const auto& sum : {sum_dy, sum_dy_xhat}) {
     if (sum) check_table(*sum, mean.shape);
   }
-  check_apart(grad_x, {&mean, &rstd, &weight, &bias, pointer(sum_dy), pointer(sum_dy_xhat)});
-  const Blocks blocks(pixels, mean.shape[0]);
-  const Affines affines(blocks, mean, rstd, weight, bias);
-  const Rows rows(2 * blocks.groups, blocks.strip());  // offset and slope of input_grad
-  const int64_t channels = pixels.channels;
-  for (int64_t g = 0; g < blocks.groups; ++g) {
-    const double count = static_cast<double>(blocks.group_pixels);
-    const int64_t first = g * channels;
-    blocks.spread(rows[2 * g], [&](int64_t c) { return sum_dy ? sum_dy->as<float>()[first + c] / count : 0.0; });
-    blocks.spread(rows[2 * g + 1], [&](int64_t c) {
-      return sum_dy_xhat ? sum_dy_xhat->as<float>()[first + c] / count * rstd.as<float>()[first + c] : 0.0;
-    });
-  }
-  blocks.for_each(threads, [&](int64_t block) {
-    const int64_t g = blocks.group(block);
-    for_runs(pixels, blocks.begin(block), blocks.end(block), [&](int64_t at, int64_t padded_at, int64_t count) {
-      const int64_t first = at * channels;
-      input_grads(grad_x.as<float>() + first, grad_out.as<float>() + padded_at * channels,
-                  grad_h ? grad_h->as<float>() + first : nullptr, h.as<float>() + first, affines[g], rows[2 * g],
-                  rows[2 * g + 1], count * channels, blocks.strip());
-    });
-  });
+  const Backward backward(pixels, grad_out, h, mean, rstd, weight, bias, threads);
+  backward.input_grad(grad_x.as<float>(), false, data(grad_h), data(sum_dy), data(sum_dy_xhat));
+}
+
+void bn_silu_backward_cpu(const TensorView& grad_x, const TensorView& sum_dy, const TensorView& sum_dy_xhat,
+                          const TensorView& grad_out, const std::optional<TensorView>& grad_h, const TensorView& h,
+                          const TensorView& mean, const TensorView& rstd, const TensorView& weight,
+                          const TensorView& bias, int64_t left, int64_t right, int64_t top, int64_t bottom,
+                          int threads) {
+  const Pixels pixels = check_bn_silu(h, mean, rstd, weight, bias, left, right, top, bottom);
+  check_padded(grad_out, pixels);
+  check_grad_x(grad_x, grad_h, h, {&grad_out, &mean, &rstd, &weight, &bias, &sum_dy, &sum_dy_xhat});
+  check_sums(sum_dy, sum_dy_xhat, mean, {&grad_out, pointer(grad_h), &h, &mean, &rstd, &weight, &bias});
+  const Backward backward(pixels, grad_out, h, mean, rstd, weight, bias, threads);
+  backward.reduce(sum_dy.as<float>(), sum_dy_xhat.as<float>(), grad_x.as<float>());
+  backward.input_grad(grad_x.as<float>(), true, data(grad_h), sum_dy.as<float>(), sum_dy_xhat.as<float>());
 }
 
 }  // namespace puat
