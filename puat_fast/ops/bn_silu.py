@@ -312,17 +312,19 @@ def _backward_native(
     grad_x, grad_weight, grad_bias = _backward_fake(
         grad_out, grad_h, h, mean, var, weight, bias, eps, pad, training, need_input, need_affine
     )
-    threads, sum_dy, sum_dy_xhat = torch.get_num_threads(), None, None
-    normalisation = mean, _rstd(var, eps), weight, bias
+    sums = torch.empty_like(mean), torch.empty_like(mean)
+    normalisation, extent = capsules(mean, _rstd(var, eps), weight, bias), (*pad, torch.get_num_threads())
+    if training and need_input:
+        _C.bn_silu_backward_cpu(*_capsules(grad_x, *sums, grad_out, grad_h, h), *normalisation, *extent)
+    else:
+        if training or need_affine:
+            _C.bn_silu_reduce_cpu(*capsules(*sums, grad_out, h), *normalisation, *extent)
+        if need_input:
+            given = _capsules(grad_x, grad_out, grad_h, h)
+            _C.bn_silu_input_grad_cpu(*given, *normalisation, None, None, *extent)
     if training or need_affine:
-        sum_dy, sum_dy_xhat = torch.empty_like(mean), torch.empty_like(mean)
-        _C.bn_silu_reduce_cpu(*capsules(sum_dy, sum_dy_xhat, grad_out, h, *normalisation), *pad, threads)
-        torch.sum(sum_dy_xhat, 0, out=grad_weight)
-        torch.sum(sum_dy, 0, out=grad_bias)
-    if need_input:
-        sums = _capsules(sum_dy, sum_dy_xhat) if training else (None, None)
-        optional = _capsules(grad_x, grad_out, grad_h, h, *normalisation)
-        _C.bn_silu_input_grad_cpu(*optional, *sums, *pad, threads)
+        torch.sum(sums[1], 0, out=grad_weight)
+        torch.sum(sums[0], 0, out=grad_bias)
     return grad_x, grad_weight, grad_bias
 
 
