@@ -7,6 +7,7 @@
 
 #include "augment.h"
 #include "bind.h"
+#include "bn_silu.h"
 #include "pgd_step.h"
 #include "pgd_step_normalize.h"
 #include "sgd_ema.h"
@@ -49,6 +50,16 @@ void def_cpu_kernels(py::module_& m) {
       "eps", "threads");
   def(m, "augment_backward_cpu", augment_backward_cpu, "out", "grad", "top_left", "flip", "cos_sin", "pad", "threads");
   def(m, "augment_cpu", augment_cpu, "out", "x", "index", "top_left", "flip", "cos_sin", "pad", "threads");
+  def(m, "bn_silu_apply_cpu", bn_silu_apply_cpu, "out", "h", "mean", "rstd", "weight", "bias", "left", "right", "top",
+      "bottom", "threads");
+  def(m, "bn_silu_backward_cpu", bn_silu_backward_cpu, "grad_x", "sum_dy", "sum_dy_xhat", "grad_out", "grad_h", "h",
+      "mean", "rstd", "weight", "bias", "left", "right", "top", "bottom", "threads");
+  def(m, "bn_silu_input_grad_cpu", bn_silu_input_grad_cpu, "grad_x", "grad_out", "grad_h", "h", "mean", "rstd",
+      "weight", "bias", "sum_dy", "sum_dy_xhat", "left", "right", "top", "bottom", "threads");
+  def(m, "bn_silu_reduce_cpu", bn_silu_reduce_cpu, "sum_dy", "sum_dy_xhat", "grad_out", "h", "mean", "rstd", "weight",
+      "bias", "left", "right", "top", "bottom", "threads");
+  def(m, "bn_silu_stats_cpu", bn_silu_stats_cpu, "mean", "var", "rstd", "h", "x", "residual", "running_mean",
+      "running_var", "momentum", "eps", "groups", "threads");
   def(m, "pgd_step_cpu", pgd_step_cpu, "out", "x", "grad", "x0", "eps", "step_size", "threads");
   def(m, "pgd_step_l2_cpu", pgd_step_l2_cpu, "out", "x", "grad", "x0", "eps", "step_size", "threads");
   def(m, "pgd_step_normalize_cpu", pgd_step_normalize_cpu, "x_adv", "c_in", "x", "grad", "x0", "eps", "step_size",

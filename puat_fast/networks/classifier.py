@@ -22,24 +22,30 @@ def _conv(channels_in: int, channels_out: int, kernel: int, stride: int = 1, pad
 
 
 class Block(nn.Module):
-    """Pre-activation block: a = SiLU(BN0(x)); r = conv1(SiLU(BN1(conv0(a)))); x + r, or shortcut(a) + r."""
+    """Pre-activation block: a = SiLU(BN0(h)); r = conv1(SiLU(BN1(conv0(a)))); then h + r, or shortcut(a) + r.
+
+    A sum is passed on as its two terms: whoever normalises it takes it on the way.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
         self.batchnorm_0 = BatchNorm2d(channels_in, momentum=BN_MOMENTUM)
-        self.conv_0 = _conv(channels_in, channels_out, 3, stride)
+        self.conv_0 = _conv(channels_in, channels_out, 3, stride, padding=1 if stride == 1 else 0)
         self.batchnorm_1 = BatchNorm2d(channels_out, momentum=BN_MOMENTUM)
         self.conv_1 = _conv(channels_out, channels_out, 3, padding=1)
         self.shortcut = _conv(channels_in, channels_out, 1, stride) if channels_in != channels_out else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: N x channels_in x H x W -> N x channels_out x H/stride x W/stride."""
-        a = F.silu(self.batchnorm_0(x))
-        # stride 2 pads right and bottom only: TensorFlow's "SAME"
-        padded = F.pad(a, (1, 1, 1, 1) if self.stride == 1 else (0, 1, 0, 1))
-        r = self.conv_1(F.silu(self.batchnorm_1(self.conv_0(padded))))
-        return (x if self.shortcut is None else self.shortcut(a)) + r
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """h = x + residual, N x channels_in x H x W -> two terms, N x channels_out x H/stride x W/stride each."""
+        if self.stride == 1:
+            a, h = self.batchnorm_0.silu(x, residual)
+            r = self.conv_0(a)
+        else:  # stride 2 pads right and bottom only: TensorFlow's "SAME"
+            padded, h = self.batchnorm_0.silu(x, residual, pad=(0, 1, 0, 1))
+            a, r = padded[:, :, :-1, :-1], self.conv_0(padded)
+        r = self.conv_1(self.batchnorm_1.silu(r)[0])
+        return (h if self.shortcut is None else self.shortcut(a)), r
 
 
 class Group(nn.Module):
@@ -52,9 +58,13 @@ class Group(nn.Module):
             *(Block(channels_out, channels_out, 1) for _ in range(num_blocks - 1)),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The blocks, one after the other."""
-        return self.block(x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The blocks, one after the other: from the terms of a sum to the terms of a sum."""
+        h, r = x, residual
+        for block in self.block:
+            h, r = block(h, r)
+        assert r is not None
+        return h, r
 
 
 class Classifier(nn.Module):
@@ -104,8 +114,10 @@ class Classifier(nn.Module):
             raise ValueError(f"x: shape {tuple(x.shape)}, expected N x 3 x 32 x 32")
         if self.training and self.augment is not None:
             x = self.augment(x)
-        h = self.layer(self.init_conv((x - self.mean) / self.std))
-        return F.avg_pool2d(F.silu(self.batchnorm(h)), 8).flatten(1)
+        h, r = self.init_conv((x - self.mean) / self.std), None
+        for group in self.layer:
+            h, r = group(h, r)
+        return F.avg_pool2d(self.batchnorm.silu(h, r)[0], 8).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: images in [0,1], N x 3 x 32 x 32 -> logits, N x K. Raises ValueError on another shape."""

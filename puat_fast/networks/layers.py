@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from puat_fast.ops.bn_silu import Pad, bn_silu
+
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation whose running statistics can be left alone in train mode.
@@ -23,6 +25,19 @@ class BatchNorm2d(nn.BatchNorm2d):
         if self.training and not self.update_stats:
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         return super().forward(x)
+
+    def silu(self, x: Tensor, residual: Tensor | None = None, pad: Pad = (0, 0, 0, 0)) -> tuple[Tensor, Tensor]:
+        """(pad(SiLU(BN(h))), h) for h = x + residual, in few passes over memory; pad as in `bn_silu`."""
+        assert self.momentum is not None and self.num_batches_tracked is not None
+        frozen = self.training and not self.update_stats
+        running = (None, None) if frozen else (self.running_mean, self.running_var)
+        if self.training and not frozen:
+            self.num_batches_tracked.add_(1)
+        result = bn_silu(
+            x, self.weight, self.bias, *running, training=self.training, momentum=self.momentum, eps=self.eps,
+            residual=residual, pad=pad,
+        )  # fmt: skip
+        return result.out, result.h
 
 
 class ConditionalBatchNorm2d(nn.Module):

@@ -2,6 +2,7 @@
 
 from puat_fast.ops._library import reference_only
 from puat_fast.ops.augment import augment
+from puat_fast.ops.bn_silu import BnSilu, bn_silu, update_running_stats
 from puat_fast.ops.hinge import hinge, hinge_by_class
 from puat_fast.ops.pgd_step import pgd_step, pgd_step_
 from puat_fast.ops.pgd_step_normalize import pgd_step_normalize
@@ -10,8 +11,10 @@ from puat_fast.ops.smooth_ce import cw_margin, smooth_ce
 from puat_fast.ops.softmax_mse import softmax_mse
 
 __all__ = [
+    "BnSilu",
     "adam_",
     "augment",
+    "bn_silu",
     "cw_margin",
     "hinge",
     "hinge_by_class",
@@ -22,4 +25,5 @@ __all__ = [
     "sgd_ema_",
     "smooth_ce",
     "softmax_mse",
+    "update_running_stats",
 ]
