@@ -61,7 +61,8 @@ def cond_bn_relu_up(
     x = x.contiguous(memory_format=torch.channels_last)
     mean, var = running_mean, running_var
     if training:
-        averages = (running_mean, running_var) if stats == "update" and x.numel() > 0 else (None, None)
+        update = stats == "update" and x.numel() > 0
+        averages = (running_mean if update else None, running_var if update else None)
         if reference:
             mean, var, _ = _batch_stats(x.to(gain.dtype), *averages, momentum)
         else:
