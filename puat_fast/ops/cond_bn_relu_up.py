@@ -39,7 +39,7 @@ def cond_bn_relu_up(
         y: classes, N, int64, in [0, K). One outside gives NaN for its image on a GPU, which cannot raise without
             waiting, and on the CPU an IndexError, as F.embedding does.
         gain, bias: K x C; float32, or float64 if x is. float64 tables for float64 x only.
-        running_mean, running_var: C, in the dtype of gain. With `training` and stats="update" they become
+        running_mean, running_var: C, contiguous, in the dtype of gain. With `training` and stats="update" they become
             (1 - momentum) running + momentum batch, with the batch's unbiased variance; an empty batch changes nothing.
         training: normalise by the batch's statistics.
         momentum: in [0, 1], a number or a 0-d floating tensor on x's device.
@@ -122,6 +122,9 @@ def _check(
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
         check_dtype(name, tensor, dtype)
         _check_device(name, tensor, x)
+    for name, average in (("running_mean", running_mean), ("running_var", running_var)):
+        if not average.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {average.stride()}")
     if isinstance(momentum, Tensor):
         if momentum.dim() != 0 or not momentum.is_floating_point():
             raise ValueError(f"momentum: expected a 0-d floating tensor, got {momentum.dim()}-d {momentum.dtype}")
@@ -255,8 +258,11 @@ def _backward_cpu(
     grad_out: Tensor, x: Tensor, y: Tensor, gain: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float,
     training: bool, upsample: bool, needs_x: bool, needs_tables: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, dgain, dbias = _backward(grad_out, x, y, gain, bias, mean, var, eps, training, upsample)
-    return (dx if needs_x else x.new_empty(0), *((dgain, dbias) if needs_tables else (gain.new_empty(0),) * 2))
+    grads = _backward(grad_out, x, y, gain, bias, mean, var, eps, training, upsample)
+    dx, dgain, dbias = (
+        t if needed else t.new_empty(0) for t, needed in zip(grads, (needs_x, needs_tables, needs_tables), strict=True)
+    )
+    return dx, dgain, dbias
 
 
 def _backward_triton(
@@ -265,19 +271,17 @@ def _backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from puat_fast.kernels import cond_bn_relu_up as kernels
 
-    grads = _backward_fake(
+    dx, dgain, dbias = _backward_fake(
         grad_out, x, y, gain, bias, mean, var, eps, training, upsample, needs_x, needs_tables
     )  # fmt: skip
-    dx, dgain, dbias = grads
     if x.numel() == 0:
-        dgain.zero_(), dbias.zero_()
-        return grads
+        return dx, dgain.zero_(), dbias.zero_()
     grad_out, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad_out, x))
     tables = (dgain, dbias) if needs_tables else (None, None)
     kernels.backward(
         dx if needs_x else None, *tables, grad_out, x, *_contiguous(y, gain, bias, mean, var), eps, training, upsample
     )
-    return grads
+    return dx, dgain, dbias
 
 
 def _backward_fake(
