@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 2048  # elements a program holds at a time: 16 a thread of 4 warps, so that eight programs fit a multiprocessor
-PROGRAMS = 8 * 132  # of one launch: all that an H200 holds at once
+TILE = 1024  # elements that a program computes on at a time: 8 a thread of 4 warps, and about 72 registers, so that ...
+PROGRAMS = 7 * 132  # ... seven programs share a multiprocessor: what an H200 holds at once
 MAX_CHUNKS = 256  # what combine_stats_kernel holds in registers
 
 
@@ -55,7 +55,8 @@ def partial_stats_kernel(
     total = tl.zeros([ROWS, COLS], tl.float32)
     squares = tl.zeros([ROWS, COLS], tl.float32)
     shift = tl.zeros([COLS], tl.float32)
-    for start in range(0, count, ROWS):
+    # num_stages: the next two tiles are on their way while one is computed on
+    for start in tl.range(0, count, ROWS, num_stages=3):
         row = start + tl.arange(0, ROWS)
         mask = (row < count)[:, None] & (cols < channels)[None, :]
         offsets = (group * rows + first + row)[:, None] * channels + cols[None, :]

@@ -31,7 +31,7 @@ GPU = [(shape, dtype, upsample) for dtype in (BF16, F32) for shape, upsample in 
 def plain(
     x: Tensor, y: Tensor, gain: Tensor, bias: Tensor, mean: Tensor, var: Tensor, *, training: bool, upsample: bool
 ) -> Tensor:
-    """As one writes it, with torch's own BatchNorm; the op's reference takes that apart, and is slower."""
+    """As one writes it: the op's reference, which updates the running statistics apart, is slower."""
     scale, shift = (F.embedding(y, table)[:, :, None, None].to(x.dtype) for table in (gain, bias))
     out = F.relu(scale * F.batch_norm(x, mean, var, training=training) + shift)
     return F.interpolate(out, scale_factor=2, mode="bilinear", align_corners=False) if upsample else out

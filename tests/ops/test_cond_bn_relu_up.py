@@ -177,9 +177,10 @@ def test_running_statistics_left_alone(options: dict[str, object], device: str) 
 @each_triton_device
 @each_mode
 @each_upsample
-def test_empty_batch(upsample: bool, training: bool, device: str) -> None:
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_empty_batch(impl: str, upsample: bool, training: bool, device: str) -> None:
     args = operands((0, 5, 3, 2), torch.float32, device)
-    out, dx, dgain, dbias, mean, var = forward_backward(args, training=training, upsample=upsample)
+    out, dx, dgain, dbias, mean, var = forward_backward(args, training=training, upsample=upsample, impl=impl)
     assert out.shape == ((0, 5, 6, 4) if upsample else (0, 5, 3, 2)) and dx.shape == (0, 5, 3, 2)
     for grad in (dgain, dbias):
         assert torch.equal(grad, torch.zeros_like(grad))
