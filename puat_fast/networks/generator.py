@@ -25,8 +25,8 @@ class CBNBlock(nn.Module):
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         """h: N x channels_in x H x W, y: N class indices."""
-        r = self.conv1(self._up(F.relu(self.cbn1(h, y))))
-        r = self.conv2(F.relu(self.cbn2(r, y)))
+        r = self.conv1(self.cbn1.relu_up(h, y, self.upsample))
+        r = self.conv2(self.cbn2.relu_up(r, y, upsample=False))
         return self.shortcut(self._up(h)) + r
 
     def _up(self, h: Tensor) -> Tensor:

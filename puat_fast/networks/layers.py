@@ -9,8 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from puat_fast.ops.bn_silu import Pad, bn_silu
 
+||||||| 54f11b0
+=======
+from puat_fast.ops import cond_bn_relu_up
+
+>>>>>>> 48189467d751bc75e8477a17d700eefbbddf5ad3
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation whose running statistics can be left alone in train mode.
@@ -52,6 +58,17 @@ class ConditionalBatchNorm2d(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x: N x channels x H x W, y: N class indices."""
         return F.embedding(y, self.gain)[:, :, None, None] * self.bn(x) + F.embedding(y, self.bias)[:, :, None, None]
+
+    def relu_up(self, x: Tensor, y: Tensor, upsample: bool) -> Tensor:
+        """U(ReLU(self(x, y))) in one op, U = bilinear x2 with `upsample`, else nothing."""
+        bn, update = self.bn, self.bn.training and self.bn.update_stats
+        assert bn.running_mean is not None and bn.running_var is not None and bn.momentum is not None
+        if update and bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+        return cond_bn_relu_up(
+            x, y, self.gain, self.bias, bn.running_mean, bn.running_var, training=bn.training, momentum=bn.momentum,
+            eps=bn.eps, stats="update" if update else "leave", upsample=upsample,
+        )  # fmt: skip
 
 
 class SpectralNorm(nn.Module):

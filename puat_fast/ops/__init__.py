@@ -3,6 +3,7 @@
 from puat_fast.ops._library import reference_only
 from puat_fast.ops.augment import augment
 from puat_fast.ops.bn_silu import BnSilu, bn_silu, update_running_stats
+from puat_fast.ops.cond_bn_relu_up import cond_bn_relu_up
 from puat_fast.ops.hinge import hinge, hinge_by_class
 from puat_fast.ops.pgd_step import pgd_step, pgd_step_
 from puat_fast.ops.pgd_step_normalize import pgd_step_normalize
@@ -15,6 +16,7 @@ __all__ = [
     "adam_",
     "augment",
     "bn_silu",
+    "cond_bn_relu_up",
     "cw_margin",
     "hinge",
     "hinge_by_class",

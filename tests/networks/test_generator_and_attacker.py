@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,23 @@ def test_conditional_norm_is_the_formula():
     xhat = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(cbn(x, y), cbn.gain[y][..., None, None] * xhat + cbn.bias[y][..., None, None])
     assert cbn.bn.momentum == 0.1
+
+
+@pytest.mark.parametrize("mode", ["train", "frozen", "eval"])
+def test_relu_up_is_the_unfused_norm(mode):
+    cbn, x, y = ConditionalBatchNorm2d(3, 2), torch.randn(4, 2, 5, 5), torch.tensor([2, 0, 1, 2])
+    torch.nn.init.normal_(cbn.gain)
+    unfused = deepcopy(cbn)
+    for module in (cbn, unfused):
+        module.train(mode != "eval")
+        module.bn.update_stats = mode != "frozen"
+    for _ in range(2):
+        expected = F.interpolate(F.relu(unfused(x, y)), scale_factor=2, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(cbn.relu_up(x, y, upsample=True), expected)
+        torch.testing.assert_close(cbn.relu_up(x, y, upsample=False), F.relu(unfused(x, y)))
+    assert cbn.state_dict().keys() == unfused.state_dict().keys()
+    for name, buffer in cbn.named_buffers():  # num_batches_tracked too
+        torch.testing.assert_close(buffer, unfused.get_buffer(name))
 
 
 @pytest.mark.parametrize("upsample", [True, False])
