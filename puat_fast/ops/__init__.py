@@ -2,5 +2,6 @@
 
 from puat_fast.ops._library import reference_only
 from puat_fast.ops.pgd_step import pgd_step, pgd_step_
+from puat_fast.ops.spectral_norm import spectral_norm
 
-__all__ = ["pgd_step", "pgd_step_", "reference_only"]
+__all__ = ["pgd_step", "pgd_step_", "reference_only", "spectral_norm"]
