@@ -7,6 +7,7 @@
 
 #include "bind.h"
 #include "pgd_step.h"
+#include "spectral_norm.h"
 #ifdef PUAT_WITH_CUDA
 #include "cuda/runtime.h"
 #endif
@@ -48,6 +49,11 @@ void def_cpu_kernels(py::module_& m) {
 #ifdef PUAT_WITH_CUDA
 void def_cuda_kernels(py::module_& m) {
   def(m, "pgd_step_cuda", pgd_step_cuda, "out", "x", "grad", "x0", "eps", "step_size", "stream");
+  def(m, "spectral_norm_backward_cuda", spectral_norm_backward_cuda, "dots", "grad_weights", "grads", "weights",
+      "traces", "per_row", "stream");
+  def(m, "spectral_norm_iterate_cuda", spectral_norm_iterate_cuda, "trace", "workspace", "weights", "us", "vs",
+      "iterations", "stream");
+  def(m, "spectral_norm_scale_cuda", spectral_norm_scale_cuda, "out", "weights", "traces", "per_row", "stream");
 }
 #endif
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from puat_fast.ops._layout import capsules, check_dtype, stream_of
+from puat_fast.ops._layout import capsules, check_dtype, dense_alike, stream_of
 from puat_fast.ops._library import Impl, register, takes_reference
 from puat_fast.ops._native import _C
 
@@ -281,7 +281,7 @@ def _backward_cuda(
         return _backward_reference(grads, weights, traces, per_row)
     grad_weights = _backward_fake(grads, weights, traces, per_row)
     if grad_weights:
-        grads = [g if g.stride() == w.stride() else torch.empty_like(w, dtype=g.dtype).copy_(g)
+        grads = [g if dense_alike(w, g) else torch.empty_like(w, dtype=g.dtype).copy_(g)
                  for g, w in zip(grads, weights, strict=True)]  # fmt: skip
         dots = torch.empty(sum(w.shape[0] for w in weights), device=weights[0].device)
         lists = [capsules(*tensors) for tensors in (grad_weights, grads, weights, traces)]
