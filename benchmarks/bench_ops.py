@@ -116,6 +116,7 @@ def main() -> None:
         module = importlib.import_module(f"op_cases.{op}")
         if device.type == "cpu" and hasattr(module, "NO_CPU_KERNEL"):
             notes.append(f"{op}: the reference serves the CPU: {module.NO_CPU_KERNEL}")
+            timing.write_results(args.out, args.name, rows, timing.environment(device), notes=notes, summary=summary)
             continue
         for case in module.cases(size, device):
             rows += bench(case, args, copy_rate)

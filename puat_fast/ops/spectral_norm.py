@@ -91,7 +91,7 @@ def _fused(
     with torch.no_grad():
         trace = torch.ops.puat_fast.spectral_norm_iterate(weights, us, vs, iterations)
     traces = trace.split([_trace_size(weight, n) for weight, n in zip(weights, iterations, strict=True)])
-    return _Normalise.apply(per_row, dtype, *weights, *traces)
+    return _Normalise.apply(per_row, dtype, *weights, *traces)  # type: ignore[no-untyped-call]
 
 
 class _Normalise(torch.autograd.Function):
@@ -145,10 +145,10 @@ def _check(
             ):
                 if expected != got:
                     raise ValueError(f"{name}: expected {what} {expected}, got {got}")
-        accepted = (0, rows) if per_row[i] else (iterations[i],)
-        if iterations[i] < 0 or iterations[i] not in accepted:
-            expected = f"0 or {rows}, the rows of weights[{i}]" if per_row[i] else ">= 0"
-            raise ValueError(f"iterations[{i}]: expected {expected}, got {iterations[i]}")
+        if iterations[i] < 0:
+            raise ValueError(f"iterations[{i}]: expected >= 0, got {iterations[i]}")
+        if per_row[i] and iterations[i] not in (0, rows):
+            raise ValueError(f"iterations[{i}]: expected 0 or {rows} (per_row), got {iterations[i]}")
         if dtype not in (None, weight.dtype, torch.bfloat16):
             raise ValueError(f"dtype: expected None, {weight.dtype} or torch.bfloat16, got {dtype}")
 
@@ -168,7 +168,7 @@ def _reference(weight: Tensor, u: Tensor, v: Tensor, n: int, per_row: bool) -> T
 
 
 def _power_iterations(flat: Tensor, u: Tensor, v: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
-    """(u, v) after each iteration, none of them `u` or `v` itself; these get the last. Without iteration, their copies."""
+    """Copies of (u, v) after each iteration, in which `u` and `v` advance; of the two as they are if there is none."""
     steps = []
     for _ in range(n):
         v.copy_(F.normalize(flat.T @ u, dim=0, eps=1e-12))
