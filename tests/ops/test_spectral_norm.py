@@ -68,7 +68,7 @@ def everything(groups: Layers, **options) -> list[list[Tensor]]:
 
 def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     actual, expected = actual.detach(), expected.detach()
-    shift = float(expected.numel() == 1)  # W / sigma is +-1 there, the gradient 0: no scale for its rounding
+    shift = 3 * (expected.numel() == 1)  # results are +-1 there, the gradient is 0: no scale for its rounding
     assert_close(actual + shift, expected + shift, dtype, scale=8)
 
 
@@ -290,11 +290,11 @@ def test_a_weight_of_zeros(device: str) -> None:
 
 @each_device
 def test_tiny_weights_meet_the_eps(device: str) -> None:
-    weights, us, vs = layers([(5, 7), (3, 4)], device=device)
-    groups = [w * scale for w, scale in zip(weights, (1e-13, 1e-16), strict=True)], us, vs
-    options = {"iterations": [1, 3], "per_row": None}
+    weights, us, vs = layers([(5, 7)], device=device)
+    groups = [weights[0] * 1e-13], us, vs
+    options = {"iterations": [2], "per_row": None}
     actual, expected = everything(groups, **options), everything(copies(groups, F64), **options)
-    assert_all_close(actual[2:], expected[2:], [F32] * 2)
+    assert_all_close(actual, expected, [F32] * 4)
     assert 0 < actual[3][0].norm() < 0.9  # without eps it were 1
 
 
