@@ -48,8 +48,8 @@ def spectral_norm(
 
     On a GPU all layers share one launch for the iterations, one for the division and one for backward, where W is
     float32 and contiguous or channels_last, u and v contiguous. Nothing is summed in an order that could vary. On the
-    CPU plain torch serves: a few matrix-vector products, which BLAS runs as fast as memory allows. So does it for
-    float64 and for other layouts.
+    CPU plain torch serves: matrix-vector products, which BLAS runs as fast as memory allows. So does it for float64 and
+    for other layouts.
 
     Args:
         weights: one tensor for each layer, each layer once; float32 or float64, out x ..., at least 2 dimensions.
@@ -213,7 +213,7 @@ def _scale_reference(
     results = _scale_fake(weights, traces, per_row, dtype)
     for result, weight, trace, rowwise in zip(results, weights, traces, per_row, strict=True):
         _, _, sigma = _split_trace(trace, weight, rowwise)
-        result.copy_(weight / sigma.view(-1, *[1] * (weight.dim() - 1)))
+        torch.div(weight, sigma.view(-1, *[1] * (weight.dim() - 1)), out=result)
     return results
 
 
@@ -224,9 +224,10 @@ def _backward_reference(
     for out, grad, weight, trace, rowwise in zip(grad_weights, grads, weights, traces, per_row, strict=True):
         v, u, sigma = _split_trace(trace, weight, rowwise)
         g = grad.to(weight.dtype).flatten(1)
-        dots = (g * weight.flatten(1)).sum(1)
+        dots = torch.linalg.vecdot(g, weight.flatten(1))
         dots = dots if len(sigma) == len(dots) else dots.sum(0, keepdim=True)
-        out.copy_((g / sigma[:, None] - (u * (dots / sigma**2)[:, None]).T @ v).view_as(out))
+        flat = (g / sigma[:, None]).addmm_((u * (dots / sigma**2)[:, None]).T, v, alpha=-1)
+        out.copy_(flat.view_as(out))
     return grad_weights
 
 
