@@ -11,6 +11,7 @@
 #include "pgd_step.h"
 #include "pgd_step_normalize.h"
 #include "sgd_ema.h"
+#include "spectral_norm.h"
 #ifdef PUAT_WITH_CUDA
 #include "cuda/runtime.h"
 #endif
@@ -80,6 +81,11 @@ void def_cuda_kernels(py::module_& m) {
       "mean", "std", "stream");
   def(m, "sgd_ema_cuda", sgd_ema_cuda, "params", "grads", "momentum_buffers", "emas", "copies", "weight_decays", "lr",
       "momentum", "ema_decay", "nesterov", "stream");
+  def(m, "spectral_norm_backward_cuda", spectral_norm_backward_cuda, "dots", "grad_weights", "grads", "weights",
+      "traces", "per_row", "stream");
+  def(m, "spectral_norm_iterate_cuda", spectral_norm_iterate_cuda, "trace", "workspace", "weights", "us", "vs",
+      "iterations", "stream");
+  def(m, "spectral_norm_scale_cuda", spectral_norm_scale_cuda, "out", "weights", "traces", "per_row", "stream");
 }
 #endif
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puat_fast.networks.layers import SNConv2d, SNEmbedding, SNLinear
+from puat_fast.networks.layers import SNConv2d, SNEmbedding, SNLinear, normalised_together
 
 
 class DownBlock(nn.Module):
@@ -49,11 +48,10 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """x: N x 3 x 32 x 32 in [0,1]; y: N class indices -> N x 1; y None -> N x K, D(x, k) for every class k."""
-        h = F.relu(self.blocks((x - 0.5) / 0.5)).sum(dim=(2, 3))
-        score = self.linear(h)
-        if y is not None:
-            return score + (F.embedding(y, self.embedding.normalised_weight()) * h).sum(1, keepdim=True)
-        if self.per_class_lookup:
-            rows = [self.embedding.normalised_weight()[k] for k in range(self.num_classes)]
-            return score + h @ torch.stack(rows).T
-        return score + h @ self.embedding.normalised_weight().T
+        one_by_one = self.embedding if y is None and self.per_class_lookup else None
+        with normalised_together(self, lookups=one_by_one):
+            h = F.relu(self.blocks((x - 0.5) / 0.5)).sum(dim=(2, 3))
+            score, E = self.linear(h), self.embedding.normalised_weight()
+        if y is None:
+            return score + h @ E.T
+        return score + (F.embedding(y, E) * h).sum(1, keepdim=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 <<<<<<< HEAD
 from puat_fast.ops.bn_silu import Pad, bn_silu
 
@@ -17,6 +18,11 @@ from puat_fast.ops.bn_silu import Pad, bn_silu
 from puat_fast.ops import cond_bn_relu_up
 
 >>>>>>> 48189467d751bc75e8477a17d700eefbbddf5ad3
+||||||| 54f11b0
+=======
+from puat_fast.ops import spectral_norm
+
+>>>>>>> c37bf0c8cffe47e1fd8a17ca061f991ec3f29397
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation whose running statistics can be left alone in train mode.
@@ -81,6 +87,7 @@ class SpectralNorm(nn.Module):
     weight: nn.Parameter
     u: Tensor
     v: Tensor
+    _ready: Tensor | None = None
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -90,15 +97,39 @@ class SpectralNorm(nn.Module):
         self.register_buffer("v", F.normalize(torch.randn(rest), dim=0, eps=1e-12))
 
     def normalised_weight(self) -> Tensor:
-        """W / sigma, of W's shape; in train mode u and v advance by one power iteration."""
-        flat = self.weight.flatten(1)
-        if self.training:
-            with torch.no_grad():
-                self.v.copy_(F.normalize(flat.T @ self.u, dim=0, eps=1e-12))
-                self.u.copy_(F.normalize(flat @ self.v, dim=0, eps=1e-12))
-        # clones: a later forward overwrites u and v in place while this one's graph is still alive
-        u, v = self.u.clone(), self.v.clone()
-        return self.weight / torch.dot(u, flat @ v)
+        """W / sigma, of W's shape; in train mode u and v advance by one power iteration.
+
+        Inside `normalised_together` the iteration is done, and its result given.
+        """
+        return _normalised([self])[0] if self._ready is None else self._ready
+
+
+def _normalised(layers: Sequence[SpectralNorm], lookups: SpectralNorm | None = None) -> list[Tensor]:
+    iterations = [(len(layer.u) if layer is lookups else 1) if layer.training else 0 for layer in layers]
+    return spectral_norm(
+        [layer.weight for layer in layers],
+        [layer.u for layer in layers],
+        [layer.v for layer in layers],
+        iterations=iterations,
+        per_row=[layer is lookups for layer in layers],
+    )
+
+
+@contextmanager
+def normalised_together(module: nn.Module, lookups: SpectralNorm | None = None) -> Iterator[None]:
+    """Inside, all layers with spectral norm in `module` use weights normalised in one call, one iteration for them all.
+
+    lookups: a layer whose K rows are looked up one by one, each after an iteration of its own, so that row k has the
+    sigma after k + 1 iterations; in eval mode it is as the others.
+    """
+    layers = [m for m in module.modules() if isinstance(m, SpectralNorm)]
+    for layer, weight in zip(layers, _normalised(layers, lookups), strict=True):
+        layer._ready = weight
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._ready = None
 
 
 class SNConv2d(SpectralNorm):

@@ -10,6 +10,7 @@ from puat_fast.ops.pgd_step_normalize import pgd_step_normalize
 from puat_fast.ops.sgd_ema import adam_, sgd_ema_
 from puat_fast.ops.smooth_ce import cw_margin, smooth_ce
 from puat_fast.ops.softmax_mse import softmax_mse
+from puat_fast.ops.spectral_norm import spectral_norm
 
 __all__ = [
     "BnSilu",
@@ -27,5 +28,6 @@ __all__ = [
     "sgd_ema_",
     "smooth_ce",
     "softmax_mse",
+    "spectral_norm",
     "update_running_stats",
 ]
