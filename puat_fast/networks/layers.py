@@ -9,20 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-<<<<<<< HEAD
-from puat_fast.ops.bn_silu import Pad, bn_silu
+from puat_fast.ops import bn_silu, cond_bn_relu_up, spectral_norm
+from puat_fast.ops.bn_silu import Pad
 
-||||||| 54f11b0
-=======
-from puat_fast.ops import cond_bn_relu_up
-
->>>>>>> 48189467d751bc75e8477a17d700eefbbddf5ad3
-||||||| 54f11b0
-=======
-from puat_fast.ops import spectral_norm
-
->>>>>>> c37bf0c8cffe47e1fd8a17ca061f991ec3f29397
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation whose running statistics can be left alone in train mode.
