@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "arithmetic.h"
 #include "bfloat16.h"
 #include "tensor.h"
 
@@ -16,18 +17,6 @@ PUAT_HOST_DEVICE inline float value_of(T pixel) {
   return to_float(pixel);
 }
 PUAT_HOST_DEVICE inline float value_of(uint8_t pixel) { return static_cast<float>(pixel) / 255.0f; }
-
-// Inlined whatever the compiler thinks of it: a loop with a call in it is not vectorised.
-#define PUAT_INLINE PUAT_HOST_DEVICE [[gnu::always_inline]] inline
-
-// Rounded by itself, never fused with the sum it goes into: the map is the same, bit for bit, in every implementation.
-PUAT_INLINE float product(float a, float b) {
-#ifdef __CUDA_ARCH__
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
 
 // rint, halves to even, of numbers below 2^22: those next to 2^23 have no fraction. Unlike rintf it is vectorised.
 PUAT_INLINE float nearest(float value) {

@@ -4,11 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define PUAT_HOST_DEVICE __host__ __device__
-#else
-#define PUAT_HOST_DEVICE
-#endif
+#include "arithmetic.h"
 
 namespace puat {
 

@@ -79,13 +79,14 @@ struct FromPython<std::vector<T>> {
 template <typename... Parameters, typename... Names>
 void def(pybind11::module_& m, const char* function, void (*launcher)(Parameters...), Names... names) {
   static_assert(sizeof...(Parameters) == sizeof...(Names), "one name for each parameter");
-  const std::array<const char*, sizeof...(Names)> all_names{names...};
+  const std::array<std::string, sizeof...(Names)> all_names{names...};
   m.def(
       function,
       [launcher, all_names](typename FromPython<std::decay_t<Parameters>>::Given... given) {
-        size_t i = 0;
-        const std::tuple<std::decay_t<Parameters>...> arguments{
-            FromPython<std::decay_t<Parameters>>::convert(given, all_names[i++])...};  // braces: from left to right
+        const auto convert = [&](const auto&... name) {
+          return std::tuple<std::decay_t<Parameters>...>{FromPython<std::decay_t<Parameters>>::convert(given, name)...};
+        };
+        const auto arguments = std::apply(convert, all_names);
         const pybind11::gil_scoped_release release;
         std::apply(launcher, arguments);
       },

@@ -100,13 +100,18 @@ template <typename T, typename G>
 PgdStepNormalize<T, G> pgd_step_normalize_work(const TensorView& x_adv, const TensorView& c_in, const TensorView& x,
                                                const TensorView& grad, const TensorView& x0, float eps, float step,
                                                const std::vector<float>& mean, const std::vector<float>& std) {
-  PgdStepNormalize<T, G> work{Images<float>(x_adv), Images<T>(c_in), Images<float>(x), Images<G>(grad),
-                              Images<float>(x0)};
-  work.eps = eps;
-  work.step = step;
-  work.images = x.shape[0];
-  work.pixels = x.shape[2] * x.shape[3];
-  work.channels = static_cast<int>(c_in.shape[1]);
+  PgdStepNormalize<T, G> work{Images<float>(x_adv),
+                              Images<T>(c_in),
+                              Images<float>(x),
+                              Images<G>(grad),
+                              Images<float>(x0),
+                              eps,
+                              step,
+                              {},
+                              {},
+                              x.shape[0],
+                              x.shape[2] * x.shape[3],
+                              static_cast<int>(c_in.shape[1])};
   std::copy(mean.begin(), mean.end(), work.mean);
   std::copy(std.begin(), std.end(), work.std);
   return work;

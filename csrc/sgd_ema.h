@@ -6,19 +6,11 @@
 #include <string>
 #include <vector>
 
+#include "arithmetic.h"
 #include "bfloat16.h"
 #include "tensor.h"
 
 namespace puat {
-
-// a * b, rounded before anything is added: nvcc would fuse the two, and round elsewhere than the reference does.
-PUAT_HOST_DEVICE inline float product(float a, float b) {
-#ifdef __CUDA_ARCH__
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
 
 // decay 0 copies, so that no NaN of the old average survives.
 PUAT_HOST_DEVICE inline float moving_average(float ema, float param, float decay) {

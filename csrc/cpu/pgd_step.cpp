@@ -35,8 +35,6 @@ void run_parallel(const TensorView& out_view, const TensorView& x_view, const Te
   });
 }
 
-#define PUAT_INLINE inline __attribute__((always_inline))  // a clone for a vector width has all of its loops inside
-
 // The same partial sums whatever the vector width: every processor, as every number of threads, gives the same bits.
 struct SumOfSquares {
   static constexpr int kLanes = 16;

@@ -10,8 +10,6 @@ namespace {
 constexpr int64_t kGrain = 8192;
 constexpr int64_t kTile = 256;
 
-#define PUAT_INLINE inline __attribute__((always_inline))  // a clone for a vector width has all of its loops inside
-
 // kStride, kChannels: known to the compiler, which then knows how to shuffle; 0: any.
 template <int kStride, typename T>
 PUAT_INLINE void gather(float* to, const T* from, int64_t any_stride, int64_t n) {

@@ -7,11 +7,6 @@ namespace {
 constexpr int kBlock = 256;
 constexpr int kWidth = 4;  // elements of the result a thread writes at once
 
-template <typename T>
-struct alignas(kWidth * sizeof(T)) Pack {
-  T value[kWidth];
-};
-
 // Where an element of an image stands, stepping through the image as its memory does.
 struct Position {
   int c, y, x;
@@ -72,7 +67,7 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t image = image_of(call, n);
   x += image * call.image_stride;
   out += n * size + begin;
-  Pack<Out> result{};
+  Pack<Out, kWidth> result{};
   Position at = position_of(call, begin);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
@@ -81,7 +76,7 @@ __global__ void __launch_bounds__(kBlock)
     at = next(call, at);
   }
   if (is_aligned) {
-    *reinterpret_cast<Pack<Out>*>(out) = result;
+    *reinterpret_cast<Pack<Out, kWidth>*>(out) = result;
     return;
   }
   for (int i = 0; i < kWidth && begin + i < size; ++i) out[i] = result.value[i];
@@ -94,7 +89,7 @@ void launch(const AugmentCall& call, const TensorView& out, const TensorView& x,
   if (call.images > INT32_MAX / blocks_per_image) {
     fail(out, "less than 2^31 blocks of " + std::to_string(per_block) + " elements", "shape " + text(out.shape));
   }
-  const bool is_aligned = size % kWidth == 0 && reinterpret_cast<uintptr_t>(out.data) % sizeof(Pack<Out>) == 0;
+  const bool is_aligned = size % kWidth == 0 && reinterpret_cast<uintptr_t>(out.data) % sizeof(Pack<Out, kWidth>) == 0;
   augment_kernel<kBackward><<<static_cast<unsigned>(call.images * blocks_per_image), kBlock, 0, stream>>>(
       out.as<Out>(), x.as<const In>(), call, static_cast<unsigned>(blocks_per_image), is_aligned);
   check_cuda(cudaGetLastError(), "augment");

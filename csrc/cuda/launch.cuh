@@ -1,4 +1,4 @@
-// For launchers: the device of the tensors made current, and launch errors raised at once.
+// For kernels: wide accesses. For launchers: the device of the tensors made current, launch errors raised at once.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,6 +11,13 @@ namespace puat {
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
+
+// Neighbouring elements that a thread moves at once; by default 16 bytes, the widest access there is.
+template <typename T, int kCount = 16 / sizeof(T)>
+struct alignas(kCount * sizeof(T)) Pack {
+  static constexpr int kWidth = kCount;
+  T value[kCount];
+};
 
 class DeviceGuard {
  public:

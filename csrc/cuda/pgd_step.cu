@@ -6,13 +6,6 @@ namespace {
 
 constexpr int kBlock = 256;
 
-// 16 bytes, the widest load there is.
-template <typename T>
-struct alignas(16) Pack {
-  static constexpr int kWidth = 16 / sizeof(T);
-  T value[kWidth];
-};
-
 // Memory-bound: three streams in, one out, one pack a thread. Without alignment, and in the ragged last pack, the same
 // elements one by one. No __restrict__: out may be x.
 template <typename T, bool kAligned>

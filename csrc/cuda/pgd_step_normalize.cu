@@ -6,13 +6,6 @@ namespace {
 
 constexpr int kBlock = 256;
 
-// 16 bytes, the widest store there is.
-template <typename T>
-struct alignas(16) Pack {
-  static constexpr int kWidth = 16 / sizeof(T);
-  T value[kWidth];
-};
-
 // Memory-bound: a thread takes a pixel, so that planes are read in full lines, and c_in, where its channels fill packs
 // of 16 bytes, is written in them.
 template <typename T, typename G, bool kPacked>

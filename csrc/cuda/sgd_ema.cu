@@ -8,11 +8,6 @@ constexpr int kBlock = 256;
 constexpr int kWidth = 4;  // floats in 16 bytes, the widest load there is
 constexpr int kPerBlock = 16 * kBlock;
 
-template <typename T>
-struct alignas(kWidth * sizeof(T)) Pack {
-  T value[kWidth];
-};
-
 // The tensors of one launch, by value: nothing to allocate, nothing to copy, and a captured graph holds its own. Kernel
 // parameters may take 4 KB, and 32 KB with CUDA 12.1 or later. More tensors take more launches.
 constexpr int kRows = CUDART_VERSION >= 12010 ? 128 : 48;
@@ -72,12 +67,12 @@ __device__ bool is_aligned(const void* pointer, int bytes) { return reinterpret_
 
 template <typename Update>
 __device__ void update_pack(const Row& row, int64_t i, const Update& update) {
-  using Floats = Pack<float>;
+  using Floats = Pack<float, kWidth>;
   Floats param = *reinterpret_cast<const Floats*>(row.param + i), first = *reinterpret_cast<Floats*>(row.first + i);
   const Floats grad = *reinterpret_cast<const Floats*>(row.grad + i);
   Floats second{};
   if (row.second != nullptr) second = *reinterpret_cast<Floats*>(row.second + i);
-  Pack<BFloat16> copy;
+  Pack<BFloat16, kWidth> copy;
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
     update(param.value[k], grad.value[k], first.value[k], second.value[k]);
@@ -86,7 +81,7 @@ __device__ void update_pack(const Row& row, int64_t i, const Update& update) {
   *reinterpret_cast<Floats*>(row.param + i) = param;
   *reinterpret_cast<Floats*>(row.first + i) = first;
   if (row.second != nullptr) *reinterpret_cast<Floats*>(row.second + i) = second;
-  if (row.copy != nullptr) *reinterpret_cast<Pack<BFloat16>*>(row.copy + i) = copy;
+  if (row.copy != nullptr) *reinterpret_cast<Pack<BFloat16, kWidth>*>(row.copy + i) = copy;
 }
 
 template <typename Update>
