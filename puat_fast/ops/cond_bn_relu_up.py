@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from puat_fast.ops._layout import check_dtype
-from puat_fast.ops._library import Impl, register_triton, takes_reference
+from puat_fast.ops._library import INTERPRETED, Impl, register_triton, takes_reference
 
 Stats = Literal["update", "leave"]
 
@@ -59,7 +59,8 @@ def cond_bn_relu_up(
     _check(x, y, gain, bias, running_mean, running_var, training, momentum, eps, stats)
     update = training and stats == "update" and x.numel() > 0
     x = x.contiguous(memory_format=torch.channels_last)
-    if takes_reference(impl) or x.dtype == torch.float64:
+    # on the CPU plain torch under its own autograd serves: it keeps xhat, which our backward would compute again
+    if takes_reference(impl) or x.dtype == torch.float64 or not (x.is_cuda or INTERPRETED):
         return _reference(x, y, gain, bias, running_mean, running_var, training, momentum, eps, update, upsample)
     mean, var = running_mean, running_var
     if training:
@@ -148,10 +149,17 @@ def _reference(
     if not training:
         return _apply(x, y, gain, bias, running_mean, running_var, eps, upsample)
     wide = x.to(gain.dtype)
-    if update:
-        _batch_stats(wide.detach(), running_mean, running_var, momentum)
-    xhat = F.batch_norm(wide, None, None, training=True, eps=eps)
+    mean, unbiased = wide.new_zeros(2, x.shape[1]).unbind() if update else (None, None)
+    xhat = F.batch_norm(wide, mean, unbiased, training=True, momentum=1.0, eps=eps)  # momentum 1 fills both
+    if mean is not None and unbiased is not None:
+        _follow(running_mean, running_var, mean, unbiased, momentum)
     return _scaled(xhat, y, gain, bias, upsample).to(x.dtype)
+
+
+def _follow(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float | Tensor) -> None:
+    """running = (1 - momentum) running + momentum batch, in place."""
+    running_mean.mul_(1 - momentum).add_(momentum * mean)
+    running_var.mul_(1 - momentum).add_(momentum * var)
 
 
 def _batch_stats(
@@ -162,8 +170,7 @@ def _batch_stats(
     F.batch_norm(x, mean, unbiased, training=True, momentum=1.0)  # fills both; torch.var_mean takes five times as long
     count = x.numel() // x.shape[1]
     if running_mean is not None and running_var is not None:
-        running_mean.mul_(1 - momentum).add_(momentum * mean)
-        running_var.mul_(1 - momentum).add_(momentum * unbiased)
+        _follow(running_mean, running_var, mean, unbiased, momentum)
     return mean, unbiased * (max(count - 1, 0) / max(count, 1)), unbiased
 
 

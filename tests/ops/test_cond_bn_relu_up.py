@@ -243,8 +243,9 @@ def test_gradients_only_where_wanted(upsample: bool, device: str) -> None:
     assert not cond_bn_relu_up(*args, training=True, upsample=upsample).requires_grad
 
 
-def test_double_backward_is_refused() -> None:
-    args = operands((2, 3, 2, 2), torch.float32)
+@each_kernel_device
+def test_double_backward_is_refused(device: str) -> None:
+    args = operands((2, 3, 2, 2), torch.float32, device)
     x = args[0].requires_grad_()
     (grad,) = torch.autograd.grad(
         cond_bn_relu_up(*args, training=True, upsample=True).square().sum(), x, create_graph=True
