@@ -201,13 +201,14 @@ class _BnSilu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_h: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         h, weight, bias, mean, var = ctx.saved_tensors
+        if not ctx.training:
+            mean, var = mean[None], var[None]
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         grad_x, grad_weight, grad_bias = grad_h, None, None  # where nothing came to out
         if grad_out is not None:
             grad_x, grad_weight, grad_bias = torch.ops.puat_fast.bn_silu_backward(
-                _channels_last(grad_out), None if grad_h is None else _channels_last(grad_h), h,
-                mean.view(-1, h.shape[1]), var.view(-1, h.shape[1]), weight, bias, ctx.eps, ctx.pad, ctx.training,
-                need_x or need_residual, need_weight or need_bias,
+                _channels_last(grad_out), None if grad_h is None else _channels_last(grad_h), h, mean, var, weight,
+                bias, ctx.eps, ctx.pad, ctx.training, need_x or need_residual, need_weight or need_bias,
             )  # fmt: skip
         needed = (grad_x, need_x), (grad_x, need_residual), (grad_weight, need_weight), (grad_bias, need_bias)
         return *(grad if need else None for grad, need in needed), *(None,) * 7
