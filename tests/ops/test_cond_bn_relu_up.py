@@ -367,7 +367,7 @@ def test_opcheck(device: str) -> None:
     torch.library.opcheck(OPS.cond_bn_relu_up_backward.default, (x, *shared, False, False, True, False))
 
 
-@each_triton_device
+@each_kernel_device
 @each_mode
 def test_compiles_without_graph_break(training: bool, device: str) -> None:
     x, y, gain, bias, mean, var = operands((2, 3, 3, 2), torch.float32, device)
