@@ -148,7 +148,8 @@ void copy_sums(const PixelMap& map, Out* out, const In* x, int64_t step) {
     float sum = 0.0f;
     for (const auto& places : map.terms) {
       const int place = places[map.sum[j]];
-      if (place >= 0) sum += value_of(x[place]);
+      const float value = value_of(x[place < 0 ? 0 : place]);  // no branch: which places are there is hard to foretell
+      sum += place < 0 ? 0.0f : value;
     }
     store(&out[map.sum[j] * step], sum);
   }
