@@ -36,22 +36,35 @@ struct Pixel {
   int y, x;
 };
 
+struct Point {
+  float y, x;
+};
+
 PUAT_INLINE bool is_inside(const Transform& t, int y, int x) {
   return (y >= 0) & (y < t.height) & (x >= 0) & (x < t.width);
 }
 
-// The source pixel that output pixel (y, x) copies; y = -1 where it is filled with 0. Rotated first, as the output is
-// what the rotation made of the cropped image. The range is tested before the cast, which NaN would make undefined.
+// From an image's centre to a pixel.
+PUAT_INLINE Point from_centre(const Transform& t, int y, int x) {
+  return {static_cast<float>(y) - 0.5f * static_cast<float>(t.height - 1),
+          static_cast<float>(x) - 0.5f * static_cast<float>(t.width - 1)};
+}
+
+// The pixel of the cropped image that output pixel (y, x) copies, whether there is such a pixel or not.
+PUAT_INLINE Point rotated(const Transform& t, int y, int x) {
+  const Point d = from_centre(t, y, x), centre = from_centre(t, 0, 0);
+  return {nearest(product(t.sin, d.x) + product(t.cos, d.y) - centre.y),
+          nearest(product(t.cos, d.x) - product(t.sin, d.y) - centre.x)};
+}
+
+// The source pixel that output pixel (y, x) copies; y = -1 where it is filled with 0. The range is tested before the
+// cast, which NaN would make undefined.
 PUAT_INLINE Pixel source_of(const Transform& t, int y, int x) {
-  const float centre_y = 0.5f * static_cast<float>(t.height - 1), centre_x = 0.5f * static_cast<float>(t.width - 1);
-  const float dy = static_cast<float>(y) - centre_y, dx = static_cast<float>(x) - centre_x;
-  const float from_y = nearest(product(t.sin, dx) + product(t.cos, dy) + centre_y);
-  const float from_x = nearest(product(t.cos, dx) - product(t.sin, dy) + centre_x);
-  const bool is_cropped = (from_y >= 0.0f) & (from_y < static_cast<float>(t.height)) & (from_x >= 0.0f) &
-                          (from_x < static_cast<float>(t.width));
-  const int cropped_y = static_cast<int>(is_cropped ? from_y : 0.0f);
-  const int cropped_x = static_cast<int>(is_cropped ? from_x : 0.0f);
-  const int source_y = t.top + cropped_y, source_x = t.left + t.step * cropped_x;
+  const Point from = rotated(t, y, x);
+  const bool is_cropped = (from.y >= 0.0f) & (from.y < static_cast<float>(t.height)) & (from.x >= 0.0f) &
+                          (from.x < static_cast<float>(t.width));
+  const int source_y = t.top + static_cast<int>(is_cropped ? from.y : 0.0f);
+  const int source_x = t.left + t.step * static_cast<int>(is_cropped ? from.x : 0.0f);
   return {is_cropped & is_inside(t, source_y, source_x) ? source_y : -1, source_x};
 }
 
@@ -67,13 +80,15 @@ constexpr double kUnitTolerance = 1e-5;  // of cos^2 + sin^2
 // in images of up to kMaxSize pixels a side, a coordinate is less than 0.01 off, there and back, and R's rows are of
 // length 1 within kUnitTolerance, which makes less than 0.12 at the corner.
 PUAT_INLINE Pixel taker_of(const Transform& t, int y, int x, int k) {
-  const float centre_y = 0.5f * static_cast<float>(t.height - 1), centre_x = 0.5f * static_cast<float>(t.width - 1);
-  const float dy = static_cast<float>(y - t.top) - centre_y, dx = static_cast<float>(t.step * (x - t.left)) - centre_x;
-  const float to_y = product(t.cos, dy) - product(t.sin, dx) + centre_y;
-  const float to_x = product(t.sin, dy) + product(t.cos, dx) + centre_x;
+  const int cropped_y = y - t.top, cropped_x = t.step * (x - t.left);
+  const Point q = from_centre(t, cropped_y, cropped_x), centre = from_centre(t, 0, 0);
+  const float to_y = product(t.cos, q.y) - product(t.sin, q.x) - centre.y;
+  const float to_x = product(t.sin, q.y) + product(t.cos, q.x) - centre.x;
   const Pixel taker{static_cast<int>(nearest(to_y - 0.5f)) + k / 2, static_cast<int>(nearest(to_x - 0.5f)) + k % 2};
-  const Pixel source = source_of(t, taker.y, taker.x);
-  return {is_inside(t, taker.y, taker.x) & (source.y == y) & (source.x == x) ? taker.y : -1, taker.x};
+  const Point from = rotated(t, taker.y, taker.x);
+  const bool takes = is_inside(t, cropped_y, cropped_x) & is_inside(t, taker.y, taker.x) &
+                     (from.y == static_cast<float>(cropped_y)) & (from.x == static_cast<float>(cropped_x));
+  return {takes ? taker.y : -1, taker.x};
 }
 
 // Without rotation an image's gradient is that of its output, moved back: a crop and a flip like any other.

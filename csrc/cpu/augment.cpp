@@ -53,6 +53,13 @@ void copy_rows(const AugmentCall& call, const Transform& t, Out* out, const In* 
   const int begin = std::clamp(t.step > 0 ? -t.left : t.left - t.width + 1, 0, t.width);
   const int end = std::clamp(t.step > 0 ? t.width - t.left : t.left + 1, begin, t.width);
   const int64_t first = t.left + t.step * begin, step = int64_t{t.step} * call.column_stride;
+  if (t.top == 0 && t.left == 0 && step == 1 && call.row_stride == t.width) {  // nothing moves: planes at once
+    const int plane = t.height * t.width;
+    for (int c = 0; c < call.channels; ++c) {
+      copy_row(out + int64_t{c} * plane, x + c * int64_t{call.channel_stride}, plane, 1);
+    }
+    return;
+  }
   for (int c = 0; c < call.channels; ++c) {
     for (int i = 0; i < t.height; ++i, out += t.width) {
       const int64_t y = t.top + i;
@@ -148,7 +155,8 @@ void copy_sums(const PixelMap& map, Out* out, const In* x, int64_t step) {
     float sum = 0.0f;
     for (const auto& places : map.terms) {
       const int place = places[map.sum[j]];
-      if (place >= 0) sum += value_of(x[place]);
+      const float value = value_of(x[place < 0 ? 0 : place]);  // no branch: which places are there is hard to foretell
+      sum += place < 0 ? 0.0f : value;
     }
     store(&out[map.sum[j] * step], sum);
   }

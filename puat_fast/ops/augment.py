@@ -12,8 +12,7 @@ from puat_fast.ops._layout import capsules, check_dtype, stream_of
 from puat_fast.ops._library import Impl, register, takes_reference
 from puat_fast.ops._native import _C
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-_FLOATS = (*_KERNEL_DTYPES, torch.float64)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 _MAX_SIZE = 16384
 _UNIT_TOLERANCE = 1e-5
 
