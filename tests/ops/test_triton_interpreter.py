@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
-KERNELS = sorted(p.stem for p in (TESTS.parents[1] / "kernels").glob("[!_]*.py"))
-HELPERS = {"batch_stats"}  # kernels that other ops launch, without an op of their own
+ROOT = Path(__file__).parents[2]
+KERNELS = {path.stem for path in (ROOT / "kernels").glob("[!_]*.py")} - {"batch_stats"}  # which other ops launch
+FILES = [*(f"tests/ops/test_{op}.py" for op in sorted(KERNELS)), "tests/engine/test_ops_in_training.py"]
 
 
-@pytest.mark.parametrize("op", [op for op in KERNELS if op not in HELPERS])
-def test_kernels_interpreted(op: str) -> None:
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_interpreted(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "interpret", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [*command, TESTS / f"test_{op}.py"], env=environment, capture_output=True, text=True, cwd=TESTS.parents[1]
-    )
+    done = subprocess.run([*command, ROOT / file], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]  # no test selected is 5
