@@ -13,6 +13,7 @@ import itertools
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import ceilings
@@ -32,16 +33,18 @@ from puat_fast.engine.step import Engine
 from puat_fast.methods import Phase
 from puat_fast.networks import Networks
 from puat_fast.noise import Noise
+from puat_fast.ops import reference_only
 
 PRESETS = ("paper", "official-v1")
-PHASES = ("D", "G", "A", "C", "EMA")
+PHASES = ("D", "G", "A", "C", "rest")
 STEPS_PER_EPOCH = 196  # of CIFAR: what the schedules see
 
 
 class PhaseClock:
     """Times of the phases of every step of an engine, taken from outside: it replaces `engine._update`.
 
-    EMA is the time from the last update to the end of the step. On a GPU the marks are CUDA events, read at the end.
+    The teacher follows in C's; `rest` is what comes after the last update. On a GPU the marks are CUDA events, read
+    at the end.
     """
 
     def __init__(self, engine: Engine, device: torch.device) -> None:
@@ -54,7 +57,7 @@ class PhaseClock:
         """One step of the engine."""
         self.steps.append([("start", self._now())])
         self.engine.step(batch)
-        self._mark("EMA")
+        self._mark("rest")
 
     def _timed_update(self, phase: Phase, *args: Any) -> None:
         self._update(phase, *args)
@@ -132,9 +135,10 @@ class BaselineSubject:
 
 
 class Subject:
-    """One preset's engine with its clock, batches and counts."""
+    """One preset's engine with its clock, batches and counts; `plain`: with the ops' plain-torch references."""
 
-    def __init__(self, preset: str, args: argparse.Namespace) -> None:
+    def __init__(self, preset: str, args: argparse.Namespace, plain: bool = False) -> None:
+        self.preset, self.plain = preset, plain
         self.config = make_config(preset, args)
         self.executed, self.necessary = flops.count_step(self.config), flops.count_necessary(self.config)
         before = torch.cuda.memory_allocated() if args.device.type == "cuda" else 0
@@ -144,7 +148,8 @@ class Subject:
         self.peak_mib = peak_mib(self.step, args.device, before)
 
     def step(self) -> None:
-        self.clock.step(next(self.batches))
+        with reference_only() if self.plain else nullcontext():
+            self.clock.step(next(self.batches))
 
 
 def peak_mib(step: timing.Fn, device: torch.device, before: int) -> float:
@@ -177,7 +182,7 @@ def shared_columns(subject: BaselineSubject | Subject, t: timing.Times, necessar
     }  # fmt: skip
 
 
-def row(preset: str, subject: Subject, t: timing.Times, ceiling: float, rounds: int) -> timing.Row:
+def row(subject: Subject, t: timing.Times, ceiling: float, rounds: int) -> timing.Row:
     """One line of the table."""
     losses: dict[str, Any] = {}
     try:
@@ -187,7 +192,8 @@ def row(preset: str, subject: Subject, t: timing.Times, ceiling: float, rounds: 
     executed, necessary = flops.total(subject.executed) / 1e12, flops.total(subject.necessary) / 1e12
     phases = {f"{name}_ms": p.median for name, p in subject.clock.times(rounds).items()}
     return {
-        "preset": preset, "engine": "ours, eager", "dtype": "fp32", **t.row(), **phases,
+        "preset": subject.preset, "engine": "ours, eager" + ", plain ops" * subject.plain, "dtype": "fp32",
+        **t.row(), **phases,
         **shared_columns(subject, t, necessary, ceiling), "executed_tflop": executed, **losses,
     }  # fmt: skip
 
@@ -210,6 +216,7 @@ def arguments() -> argparse.Namespace:
     p = timing.parser(__doc__, "step", rounds=10, warmup=2)
     p.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
     p.add_argument("--baseline", nargs="*", choices=eager_baseline.BASELINES, help="default: all; on a CPU eager alone")
+    p.add_argument("--plain-ops", action="store_true", help="ours once more, every op as its plain-torch reference")
     p.add_argument("--dataset", choices=sorted(flops.NUM_CLASSES), default="cifar10", help="its preset and classes")
     p.add_argument("--depth", type=int, help="of C (default 28; --tiny: 10)")
     p.add_argument("--width", type=int, help="of C (default 10; --tiny: 1)")
@@ -233,12 +240,14 @@ def main() -> None:
     torch.manual_seed(0)
     baselines = {name: BaselineSubject(name, args) for name in args.baseline}
     subjects = {preset: Subject(preset, args) for preset in args.preset}
+    if args.plain_ops:
+        subjects |= {f"{preset}, plain ops": Subject(preset, args, plain=True) for preset in args.preset}
     product, product_flops, product_name = ceilings.matmul(args.device, args.tiny)
     fns = {name: subject.step for name, subject in (baselines | subjects).items()}
     times = timing.measure({**fns, "matmul": product}, args.rounds, args.warmup, args.device)
     ceiling = product_flops / times["matmul"].median / 1e9
     rows = [baseline_row(name, subject, times[name], ceiling) for name, subject in baselines.items()]
-    rows += [row(name, subject, times[name], ceiling, args.rounds) for name, subject in subjects.items()]
+    rows += [row(subject, times[name], ceiling, args.rounds) for name, subject in subjects.items()]
     for line, name in zip(rows, (*baselines, *subjects), strict=True):
         line |= {f"speedup_over_{base}": times[base].median / times[name].median for base in baselines}
     notes = [

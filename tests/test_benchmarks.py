@@ -91,13 +91,14 @@ def test_op_table(tmp_path):
 
 
 def test_step_table(tmp_path):
-    result = script("step", tmp_path, "--preset", "official-v1")
-    baseline, row = result["rows"]
+    result = script("step", tmp_path, "--preset", "official-v1", "--plain-ops")
+    baseline, row, plain = result["rows"]
+    assert plain["engine"] == "ours, eager, plain ops" and plain["C/loss"] == pytest.approx(row["C/loss"], rel=0.1)
     assert (baseline["preset"], baseline["engine"]) == ("official code", "eager")
     assert baseline["speedup_over_eager"] == 1 and baseline["C/rae"] > 0 and baseline["C/uae"] > 0
     assert row["speedup_over_eager"] == pytest.approx(baseline["median_ms"] / row["median_ms"])
     assert row["preset"] == "official-v1" and row["engine"] == "ours, eager"
-    phases = [row[f"{name}_ms"] for name in ("D", "G", "A", "C", "EMA")]
+    phases = [row[f"{name}_ms"] for name in ("D", "G", "A", "C", "rest")]
     assert all(ms > 0 for ms in phases)
     assert 0 < row["necessary_tflop"] < row["executed_tflop"]
     assert {"images_per_s", "peak_memory_mib", "necessary_tflop_per_s", "percent_of_matmul", "C/loss"} <= row.keys()
