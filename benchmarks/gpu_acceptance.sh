@@ -61,17 +61,17 @@ export -f install
 bench() { # bench NAME LIMIT_SECONDS MORE...
   local name=$1 limit=$2
   shift 2
-  stage "$name" "$limit" "$python" "benchmarks/bench_$name.py" --device "$device" --out "$out" "${tiny[@]}" "$@"
+  stage "$name" "$limit" "$python" "benchmarks/bench_$name.py" --device "$device" --out "$out" "$@" "${tiny[@]}"
 }
 
 if [ $build = 1 ]; then
-  stage build 60 bash -c 'install "$0" "$1"' "$python" "$device"
+  stage build 75 bash -c 'install "$0" "$1"' "$python" "$device"
 fi
-stage device 20 "$python" benchmarks/check_device.py "$device"
-stage tests 80 "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors
-bench conv 125
-bench ops 80
-bench step 125 --profile
+stage device 15 "$python" benchmarks/check_device.py "$device"
+stage tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors
+bench conv 75
+bench ops 110 --rounds 30
+bench step 80 --rounds 6 --warmup 1 --profile
 
 echo "== summary"
 cat "$summary"
