@@ -44,7 +44,12 @@ def register_triton(
     Where Triton's interpreter is on, CPU tensors take the Triton kernel too, so that the same tests hold it. `triton`
     imports puat_fast.kernels when it is called: a CPU-only machine needs no Triton.
     """
-    register(schema, cpu=triton if INTERPRETED else reference, cuda=triton, fake=fake)
+
+    def launch(first: torch.Tensor, *others: Any) -> Any:
+        with torch.cuda.device_of(first):  # Triton launches on the current device
+            return triton(first, *others)
+
+    register(schema, cpu=launch if INTERPRETED else reference, cuda=launch, fake=fake)
 
 
 def takes_reference(impl: Impl) -> bool:
