@@ -23,7 +23,7 @@ PUAT_HOST_DEVICE inline float to_float(BFloat16 value) {
 
 PUAT_HOST_DEVICE inline void store(float* to, float value) { *to = value; }
 
-// Rounds to nearest, ties to even, as torch does; any NaN becomes the quiet one.
+// Rounds to nearest, ties to even, as torch does; any NaN becomes the quiet one, as torch has it on the CPU.
 PUAT_HOST_DEVICE inline void store(BFloat16* to, float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));

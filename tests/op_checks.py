@@ -137,3 +137,23 @@ def check_repeats(fn: Callable[[], Any], times: int = 100) -> None:
     for _ in range(times):
         for actual, expected in zip(bits(), first, strict=True):
             assert_same_bits(actual, expected)
+
+
+def check_side_stream(fn: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+    """GPU: fn follows the current stream: there its inputs arrive late, and any other stream would read zeros."""
+
+    def tensors(out: Any) -> list[Tensor]:
+        return [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)]
+
+    expected = tensors(fn(*(t.clone() for t in inputs)))
+    late = [torch.zeros_like(t) for t in inputs]
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        for t, value in zip(late, inputs, strict=True):
+            t.copy_(value)
+        actual = tensors(fn(*late))
+    stream.synchronize()
+    for a, e in zip(actual, expected, strict=True):
+        assert_same_bits(a, e)

@@ -37,7 +37,11 @@ __device__ float warp_dot(const float* a, const float* b, int n) {
   return warp_sum(sum);
 }
 
-__device__ float inverse_norm(float sum_of_squares) { return 1.0f / fmaxf(sqrtf(sum_of_squares), kEps); }
+// Not by fmaxf, which would lose a NaN.
+__device__ float inverse_norm(float sum_of_squares) {
+  const float norm = sqrtf(sum_of_squares);
+  return 1.0f / (norm < kEps ? kEps : norm);
+}
 
 // Calls body(layer, unit) for this block's share of all layers' units of work, units(layer) of them for each.
 template <typename Units, typename Body>

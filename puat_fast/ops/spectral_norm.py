@@ -284,7 +284,7 @@ def _backward_cuda(
     if grad_weights:
         grads = [g if dense_alike(w, g) else torch.empty_like(w, dtype=g.dtype).copy_(g)
                  for g, w in zip(grads, weights, strict=True)]  # fmt: skip
-        dots = torch.empty(sum(w.shape[0] for w in weights), device=weights[0].device)
+        dots = torch.empty(sum(w.shape[0] for w in weights), dtype=torch.float32, device=weights[0].device)
         lists = [capsules(*tensors) for tensors in (grad_weights, grads, weights, traces)]
         _C.spectral_norm_backward_cuda(*capsules(dots), *lists, per_row, stream_of(dots))
     return grad_weights

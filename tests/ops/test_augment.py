@@ -17,6 +17,7 @@ from op_checks import (
     check_compiles,
     check_gradients,
     check_repeats,
+    check_side_stream,
     each_device,
     guarded,
 )
@@ -361,17 +362,7 @@ class TestCuda:
         check_repeats(lambda: step(*inputs))
 
     def test_side_stream(self) -> None:
-        step, inputs = self.step("all"), self.inputs("all", "image", 0)
-        expected = step(*inputs)
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(10_000_000)
-            inputs[1].mul_(1.0)
-            actual = step(*inputs)
-        stream.synchronize()
-        for a, e in zip(actual, expected, strict=True):
-            assert_same_bits(a, e)
+        check_side_stream(self.step("all"), self.inputs("all", "image", 0))
 
     @staticmethod
     def step(parts: str) -> Callable[..., tuple[Tensor, ...]]:

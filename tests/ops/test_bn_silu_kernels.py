@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bn_silu_cases import PADS, compare, each_dtype, operands
-from op_checks import NO_CUDA, assert_same_bits, check_captured, check_repeats
+from op_checks import NO_CUDA, check_captured, check_repeats, check_side_stream
 from torch import Tensor
 
 from puat_fast.ops import bn_silu
@@ -91,13 +91,4 @@ class TestCuda:
 
     def test_side_stream(self) -> None:
         o = operands((64, 160, 16, 16), torch.float32, "cuda")
-        expected = bn_silu(**{k: v.clone() for k, v in o.items()}, training=True)
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(10_000_000)
-            o["x"].mul_(1.0)
-            actual = bn_silu(**o, training=True)
-        stream.synchronize()
-        for a, b in zip(actual, expected, strict=True):
-            assert_same_bits(a, b)
+        check_side_stream(lambda *t: bn_silu(**dict(zip(o, t, strict=True)), training=True), list(o.values()))

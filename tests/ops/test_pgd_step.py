@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from op_checks import check_side_stream
 from torch import Tensor
 
 from puat_fast.ops import pgd_step, pgd_step_
@@ -310,15 +311,7 @@ class TestCuda:
 
     def test_side_stream(self) -> None:
         args = operands((64, 3, 128, 129), torch.float32, "cuda")
-        expected = pgd_step(*args, EPS, STEP, impl="reference")
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(10_000_000)
-            args[0].mul_(1.0)
-            actual = pgd_step(*args, EPS, STEP)
-        stream.synchronize()
-        assert_same_bits(actual, expected)
+        check_side_stream(lambda *t: pgd_step(*t, EPS, STEP), args)
 
     def test_hundred_repeats(self) -> None:
         args = operands((16, 3, 127, 129), torch.bfloat16, "cuda")

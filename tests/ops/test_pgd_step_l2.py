@@ -11,6 +11,7 @@ from op_checks import (
     check_captured,
     check_compiles,
     check_repeats,
+    check_side_stream,
     each_device,
     guarded,
 )
@@ -267,15 +268,7 @@ class TestCuda:
 
     def test_side_stream(self):
         args = operands((64, 3, 128, 129), device="cuda")
-        expected = pgd_step(*args, EPS, STEP, norm="l2")
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(10_000_000)
-            args[0].mul_(1.0)
-            actual = pgd_step(*args, EPS, STEP, norm="l2")
-        stream.synchronize()
-        assert_same_bits(actual, expected)
+        check_side_stream(lambda *t: pgd_step(*t, EPS, STEP, norm="l2"), args)
 
     @each_kernel_dtype
     def test_hundred_repeats(self, dtype):

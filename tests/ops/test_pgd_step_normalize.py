@@ -10,6 +10,7 @@ from op_checks import (
     check_captured,
     check_compiles,
     check_repeats,
+    check_side_stream,
     each_device,
     guarded,
 )
@@ -351,16 +352,7 @@ class TestCuda:
         check_captured(crop, lambda seed: operands((8, 3, 33, 31), "cuda", seed=seed))
 
     def test_side_stream(self):
-        args = operands((64, 3, 128, 129), "cuda")
-        expected = run(*args, channels=8)
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(10_000_000)
-            args[0].mul_(1.0)
-            actual = run(*args, channels=8)
-        stream.synchronize()
-        assert_both_same(actual, expected)
+        check_side_stream(lambda *t: run(*t, channels=8), operands((64, 3, 128, 129), "cuda"))
 
     @each_dtype
     def test_hundred_repeats(self, dtype):
