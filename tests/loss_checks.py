@@ -101,9 +101,8 @@ def check_route(loss: Loss, inputs: Sequence[Tensor], kernel: bool, impl: str = 
     """The public function calls the op, or leaves the work and the gradient to plain torch."""
     given = [t.detach() for t in inputs]
     given[loss.grad_of[0]].requires_grad_()
-    of_op = str(loss.through_op(*given).grad_fn.name())
-    value = loss.public(*given, impl=impl)
-    assert (str(value.grad_fn.name()) == of_op) == kernel
+    of_op, value = loss.through_op(*given), loss.public(*given, impl=impl)
+    assert (value.grad_fn.name() == of_op.grad_fn.name()) == kernel  # both alive: torch 2.11 forgets names
 
 
 def check_routes(

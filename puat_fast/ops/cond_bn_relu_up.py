@@ -43,7 +43,7 @@ def cond_bn_relu_up(
             (1 - momentum) running + momentum batch, with the batch's unbiased variance; an empty batch changes nothing.
         training: normalise by the batch's statistics.
         momentum: in [0, 1], a number or a 0-d floating tensor on x's device.
-        eps: added to the variance; finite, >= 0.
+        eps: added to the variance; finite, > 0.
         stats: "update" the running statistics, or "leave" them; without `training` they are never written.
         upsample: whether U doubles height and width.
         impl: "auto", or "reference" for plain torch.
@@ -128,8 +128,8 @@ def _check(
         _check_device("momentum", momentum, x)
     elif not 0 <= momentum <= 1:
         raise ValueError(f"momentum: expected a number in [0, 1], got {momentum}")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
+    if not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"eps: expected a finite number > 0, got {eps}")
     if stats not in ("update", "leave"):
         raise ValueError(f"stats: expected 'update' or 'leave', got {stats!r}")
 

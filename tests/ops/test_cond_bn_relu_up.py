@@ -143,7 +143,8 @@ def test_upsampling_and_its_adjoint_are_exact(size: tuple[int, int], dtype: torc
     grad = 4.0 * torch.randint(-2, 3, (2, 3, 2 * size[0], 2 * size[1]), generator=generator).to(device, dtype)
     y = torch.zeros(2, dtype=torch.int64, device=device)
     one, zero = torch.ones(1, 3, device=device), torch.zeros(1, 3, device=device)
-    out = cond_bn_relu_up(x, y, one, zero, zero[0], one[0], training=False, eps=0.0, upsample=True)
+    var = 0.75 * one[0]  # and eps: exactly 1
+    out = cond_bn_relu_up(x, y, one, zero, zero[0], var, training=False, eps=0.25, upsample=True)
     expected = F.interpolate(x.double(), scale_factor=2, mode="bilinear", align_corners=False)
     assert torch.equal(out.double(), expected)
     (wanted,) = torch.autograd.grad(expected, x, grad.double())
