@@ -70,8 +70,8 @@ def test_conv_table(tmp_path):
     for row in rows:
         assert row["tflops"] > 0 and row["percent_of_matmul"] > 0
         assert row["kernel"] and 0 < row["kernel_share"] <= 1
-    # at these sizes a copy may take longer than the convolution, on some processors and in some precisions
-    assert any("conv" in row["kernel"] for row in rows)
+    # not all: at these sizes a stall of a busy machine, falling into another operator, makes that the longest
+    assert sum("conv" in row["kernel"] for row in rows) > len(rows) / 2
 
 
 def test_op_table(tmp_path):

@@ -43,8 +43,8 @@ def sgd_ema_(
     i is left alone. What is not finite gets no special treatment, except for ema_decay 0.
 
     float32 tensors that are dense and, within an entry, share one layout (contiguous, channels_last, any permutation)
-    take the compiled kernel, all in one launch; its results equal the reference's bit for bit, on CPU and GPU. Other
-    entries (a gradient in another order than its weight, slices) and float64 take the reference.
+    take the compiled kernel, up to 128 entries in one launch; its results equal the reference's bit for bit, on CPU and
+    GPU. Other entries (a gradient in another order than its weight, slices) and float64 take the reference.
 
     Args:
         params: float32 or float64, any shapes; written.
