@@ -80,6 +80,7 @@ def _exit_code(error: Exception) -> int:
     """1 for a failure, 2 for a wrong option, 0 for a mistake of ours, whose traceback is to be seen."""
     # A DataError is a ValueError, but the file is at fault, not the option that names it.
     late = _loaded("puat_fast.data.formats", "DataError") + _loaded("puat_fast.engine.trainer", "NonFiniteError")
+    late += _loaded("puat_fast.engine.distributed", "RankError")
     if isinstance(error, (RunError, OSError, *late)) or _out_of_memory(error):
         return 1
     return 2 if isinstance(error, ValueError) else 0
@@ -100,7 +101,10 @@ def _loaded(module: str, name: str) -> tuple[type[Exception], ...]:
 def _fail(argv: Sequence[str], message: str, code: int) -> int:
     if "--debug" in argv:
         traceback.print_exc()
-    print(f"puat-fast: {'error: ' if code != 130 else ''}{message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    if rank == "0" or code != 130:  # the ranks stop together, but each fails by itself
+        whose = "" if rank == "0" else f"rank {rank}: "
+        print(f"puat-fast: {'error: ' if code != 130 else ''}{whose}{message}", file=sys.stderr)
     return code
 
 
@@ -180,9 +184,13 @@ def _train(argv: Sequence[str]) -> int:
         return 0
     if config.dataset != "digits" and config.data_dir is None:
         raise ConfigError(f"data_dir: {config.dataset} needs --data-dir, the folder that holds its files or archive")
+    from puat_fast.engine import distributed
     from puat_fast.engine.trainer import Trainer
 
-    result = Trainer(config, resume=options.resume).fit()
+    with distributed.process_group(config.device):
+        result = Trainer(config, resume=options.resume).fit()
+        if not distributed.is_main():
+            return 0
     rows = [[name, f"{100 * accuracy:.2f}"] for name, accuracy in result.summary.items()]
     _table(f"{config.dataset} test images, teacher C'", ["attack", "accuracy %"], rows)
     grids = sorted((result.path / "samples").glob("*.png"), key=lambda grid: grid.stat().st_mtime)

@@ -231,6 +231,22 @@ class RunLog:
         return max(self._left, 0) * span / (len(self._times) - 1) if len(self._times) > 1 else None
 
 
+class MutedRunLog(RunLog):
+    """What the processes of a run have beside the one with the RunLog: it counts, but writes and shows nothing."""
+
+    def __init__(self, path: Path, config: Config) -> None:
+        super().__init__(path, config, resume=True, console=Console(quiet=True, force_terminal=False))
+
+    def _open(self, config: Config, resume: bool) -> None:
+        pass
+
+    def _write_rows(self) -> None:
+        pass
+
+    def _write_events(self, row: Mapping[str, Value]) -> None:
+        pass
+
+
 def holds_run(path: Path) -> bool:
     """Whether a directory holds a run."""
     return (path / "config.yaml").exists() or (path / "checkpoints").exists()

@@ -14,17 +14,18 @@ from puat_fast.data.splits import Split, split_indices
 if TYPE_CHECKING:
     from puat_fast.data.batch import DiscBatch, SemiBatch, StepBatch
     from puat_fast.data.loaders.resident import ResidentLoader
-    from puat_fast.data.sampler import BatchSampler, IndexBatch, LabelledSampler, SemiSupervisedSampler
+    from puat_fast.data.sampler import BatchSampler, IndexBatch, LabelledSampler, SemiSupervisedSampler, ShardedSampler
 
 __all__ = [
     "BatchSampler", "DataError", "Dataset", "DiscBatch", "ImageSet", "IndexBatch", "LabelledSampler",
-    "ResidentLoader", "SemiBatch", "SemiSupervisedSampler", "Split", "StepBatch", "load_dataset", "split_indices",
+    "ResidentLoader", "SemiBatch", "SemiSupervisedSampler", "ShardedSampler", "Split", "StepBatch", "load_dataset",
+    "split_indices",
 ]  # fmt: skip
 
 _NEED_TORCH = {
     "DiscBatch": "batch", "SemiBatch": "batch", "StepBatch": "batch",
     "BatchSampler": "sampler", "IndexBatch": "sampler", "LabelledSampler": "sampler",
-    "SemiSupervisedSampler": "sampler",
+    "SemiSupervisedSampler": "sampler", "ShardedSampler": "sampler",
     "ResidentLoader": "loaders.resident",
 }  # fmt: skip
 

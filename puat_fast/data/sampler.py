@@ -120,3 +120,36 @@ class LabelledSampler(BatchSampler):
 
     def __init__(self, labelled: IntArray, batch_size: int, seed: int) -> None:
         super().__init__(labelled, np.empty(0, np.int64), batch_size, 0, seed)
+
+
+class ShardedSampler:
+    """The part of one of `world_size` processes of another sampler's batches: every world_size-th index of each half.
+
+    All processes draw the same batch and share it out, so the state is that of the other sampler, the same for all.
+    n_labelled and n_unlabelled are those of the part: whatever takes a share of a batch, as int(n * mix_frac) does,
+    takes it of the part, and the parts' first images together are the first of the whole batch. Raises ValueError.
+    """
+
+    def __init__(self, sampler: BatchSampler, rank: int, world_size: int) -> None:
+        if sampler.n_labelled % world_size or sampler.n_unlabelled % world_size:
+            sizes = f"{sampler.n_labelled} labelled and {sampler.n_unlabelled} unlabelled images"
+            raise ValueError(f"batches of {sizes} cannot be shared out among {world_size} processes")
+        self.labelled, self.unlabelled = sampler.labelled, sampler.unlabelled
+        self.n_labelled, self.n_unlabelled = sampler.n_labelled // world_size, sampler.n_unlabelled // world_size
+        self._sampler, self._part = sampler, slice(rank, None, world_size)
+
+    def __iter__(self) -> Iterator[IndexBatch]:
+        return self
+
+    def __next__(self) -> IndexBatch:
+        batch = next(self._sampler)
+        labelled, unlabelled = batch.labelled[self._part], batch.unlabelled[self._part]
+        return IndexBatch(np.concatenate([labelled, unlabelled]), labelled, unlabelled)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sampler of the whole batches stands."""
+        return self._sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, by whichever process. Raises ValueError."""
+        self._sampler.load_state_dict(state)

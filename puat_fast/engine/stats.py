@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from puat_fast.engine import distributed
+
 
 class NonFiniteError(RuntimeError):
     """A loss term became infinite or not a number: names the term and the step."""
@@ -28,10 +30,13 @@ class Stats:
         row[2] = torch.where(value.isfinite(), row[2], row[2].clamp_max(self.step))
 
     def read(self) -> dict[str, float]:
-        """Mean of every name since the last reset. Raises NonFiniteError naming the earliest bad term and its step."""
+        """Mean of every name since the last reset, over all ranks.
+
+        Raises NonFiniteError naming the earliest bad term and its step, on all ranks alike.
+        """
         if not self.sums:
             return {}
-        table = torch.stack(list(self.sums.values())).cpu().tolist()
+        table = _over_ranks(torch.stack(list(self.sums.values())).cpu()).tolist()
         bad = [(row[2], index) for index, row in enumerate(table) if row[2] != torch.inf]
         if bad:
             step, index = min(bad)
@@ -50,3 +55,9 @@ class Stats:
     def load_state_dict(self, state: dict[str, Tensor], device: torch.device) -> None:
         """Go on from `state_dict`."""
         self.sums = {name: row.to(device) for name, row in state.items()}
+
+
+def _over_ranks(table: Tensor) -> Tensor:
+    """Rows [sum, count, first bad step] of all ranks as one."""
+    tables = torch.stack(distributed.all_gather(table))
+    return torch.cat([tables[..., :2].sum(0), tables[..., 2:].amin(0)], dim=1)

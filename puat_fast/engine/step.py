@@ -15,7 +15,7 @@ from torch import Tensor
 
 from puat_fast.config import Config
 from puat_fast.data.batch import StepBatch
-from puat_fast.engine import ema, optim, schedules
+from puat_fast.engine import distributed, ema, optim, schedules
 from puat_fast.engine.stats import NonFiniteError, Stats
 from puat_fast.methods import METHODS, Method, Phase, Scalars
 from puat_fast.networks import Networks
@@ -86,6 +86,7 @@ class Engine:
         with self.nets.training_only(phase.net):
             for part in phase.loss(batch, s, k):
                 part.backward()
+        distributed.all_reduce_gradients(getattr(self.nets, phase.net).parameters())
         optimizer.step()
 
     def scalars(self) -> Scalars:

@@ -19,16 +19,18 @@ from puat_fast.config import Config, ConfigError
 from puat_fast.data.batch import StepBatch
 from puat_fast.data.formats import Dataset, load_dataset
 from puat_fast.data.loaders.resident import ResidentLoader
-from puat_fast.data.sampler import LabelledSampler, SemiSupervisedSampler
+from puat_fast.data.sampler import BatchSampler, LabelledSampler, SemiSupervisedSampler, ShardedSampler
 from puat_fast.data.splits import Split, split_indices
+from puat_fast.engine import distributed
 from puat_fast.engine.samples import sample_rows
 from puat_fast.engine.signals import StopSignal
 from puat_fast.engine.stats import NonFiniteError
 from puat_fast.engine.step import Engine
 from puat_fast.methods import METHODS
 from puat_fast.networks import Networks
+from puat_fast.networks.layers import batch_norms
 from puat_fast.noise import Noise
-from puat_fast.runlog import RunError, RunLog
+from puat_fast.runlog import MutedRunLog, RunError, RunLog
 
 __all__ = ["Loader", "NonFiniteError", "Run", "Trainer"]
 
@@ -74,9 +76,13 @@ class Run:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises ConfigError for a CUDA device that is not there."""
+    """`auto` is CUDA where there is one; of several processes each has its own. Raises ConfigError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if distributed.world_size() > 1 and name != "cpu":
+        if name != "cuda":
+            raise ConfigError(f"device: {name!r} is one device for several processes, accepted: auto, cpu, cuda")
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -97,6 +103,9 @@ class Trainer:
 
     resume: continue the run in the run directory, if there is one ("auto", or its path). The other arguments replace
     parts of the trainer, for tests and experiments: see puat_fast.testing. Raises ConfigError, DataError, RunError.
+
+    Within `distributed.process_group` all ranks make the same calls. Each trains on its part of every batch of
+    `schedule.batch_size`; rank 0 alone validates and writes, and what it finds is the same on all.
     """
 
     def __init__(
@@ -111,7 +120,10 @@ class Trainer:
         on_step: Callable[[Mapping[str, list[Tensor]]], None] | None = None,
     ) -> None:
         self.config = config
+        _check_batch(config)
         self.device, self.dtype = resolve_device(config.device), DTYPES[config.precision]
+        if distributed.world_size() > 1 and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self.dataset = dataset if dataset is not None else load_dataset(config.dataset, config.data_dir)
         train = self.dataset.train
         self.split = split_indices(
@@ -119,7 +131,7 @@ class Trainer:
         )
         _check_split(self.split, config)
         if noise is None:
-            noise = Noise(_stream(config.seed, NOISE_STREAM), self.device, self.dtype)
+            noise = Noise(_stream(config.seed, NOISE_STREAM, distributed.rank()), self.device, self.dtype)
         self.nets = Networks.build(config, self.dataset.num_classes, noise)
         if networks is not None:
             networks(self.nets)
@@ -130,7 +142,8 @@ class Trainer:
         self.val = _tensors(train.images, train.labels, self.split.validation)
         self.test = _tensors(self.dataset.test.images, self.dataset.test.labels, None)
         path = Path(resume) if resume not in (None, "auto") and config.out is None else run_path(config)
-        self.log = RunLog(path, config, resume=resume is not None)
+        main = distributed.is_main()
+        self.log = RunLog(path, config, resume=resume is not None) if main else MutedRunLog(path, config)
         self.path = self.log.path
 
     # -- the run ------------------------------------------------------------------------------------------------
@@ -163,9 +176,10 @@ class Trainer:
             self._step()
             if engine.step_in_stage % E == 0:
                 self._end_epoch()
-            if stop.name:
+            if distributed.any_rank(bool(stop.name)):
                 self._save("last")
-                raise KeyboardInterrupt(f"stopped by {stop.name}, saved; --resume {self.path} continues")
+                how = stop.name or "a signal to another rank"
+                raise KeyboardInterrupt(f"stopped by {how}, saved; --resume {self.path} continues")
 
     def _epochs(self, stage: int) -> int:
         return self.config.pretrain.epochs if stage == 1 else self.config.schedule.epochs
@@ -176,12 +190,14 @@ class Trainer:
         engine.step(self.loader.next_step(n_disc))
         step = (engine.step_in_stage - 1) % E + 1
         losses = engine.stats.read() if step % self.config.log.interval == 0 or step == E else None
+        images = distributed.world_size() * self.loader.images_per_step(n_disc)
         self.log.step(stage=engine.stage, epoch=epoch, epochs=engine.epochs, step=step, steps=E,
-                      images=self.loader.images_per_step(n_disc), losses=losses)  # fmt: skip
+                      images=images, losses=losses)  # fmt: skip
 
     def _end_epoch(self) -> None:
         """Teacher's statistics, validation, metrics row, checkpoints, pictures."""
         engine, c, epoch = self.engine, self.config, self.engine.epoch - 1
+        distributed.average_(running_statistics(self.nets))
         engine.end_epoch()
         last = engine.step_in_stage == engine.epochs * engine.steps_per_epoch
         row: dict[str, Any] = {"stage": engine.stage, "epoch": epoch, "step": engine.step_in_stage}
@@ -198,9 +214,12 @@ class Trainer:
         self.log.epoch(row)
         if is_best:
             self._save("best")
-            self._save_classifier(epoch, row.get("val_robust_acc"))
+            if distributed.is_main():
+                self._save_classifier(epoch, row.get("val_robust_acc"))
         if epoch % c.log.checkpoint_every == 0 or last:
             self._save("last")
+        if not distributed.is_main():
+            return
         if engine.method.has_generator and (last or (c.log.sample_every and epoch % c.log.sample_every == 0)):
             self._save_samples(f"stage{engine.stage}-epoch{epoch:03d}.png", epoch)
         plots.save_curves(self.path / "curves.png", self.log.rows)
@@ -214,20 +233,24 @@ class Trainer:
         return True
 
     def _finish(self) -> Run:
-        """Load the best classifier and measure it on test images."""
+        """Measure the best classifier on test images."""
         n = self.config.val.final_images
-        C = checkpoint.load_classifier(self.path, self.device).to(self.dtype)
-        images, labels = (t[:n] for t in self.test)
-        pgd8 = {"eps": 8 / 255, "step_size": 1 / 255, "num_steps": 20}  # Table IX
-        summary = {
-            "clean": accuracy.correct(C, images, labels, dtype=self.dtype).double().mean().item(),
-            "pgd-8": accuracy.correct(C, images, labels, _pgd(**pgd8), dtype=self.dtype).double().mean().item(),
-        }
+        summary = distributed.on_main(lambda: self._final_accuracies(n))
         self.log.message(
-            f"teacher of epoch {self.best.epoch} on {len(labels)} test images: natural accuracy "
+            f"teacher of epoch {self.best.epoch} on {len(self.test[1][:n])} test images: natural accuracy "
             f"{100 * summary['clean']:.2f} %, PGD-8/255 robust accuracy {100 * summary['pgd-8']:.2f} %"
         )
         return Run(self.path, summary)
+
+    def _final_accuracies(self, n: int | None) -> dict[str, float]:
+        """Of the classifier that the run has written, on the first n test images."""
+        C = checkpoint.load_classifier(self.path, self.device).to(self.dtype)
+        images, labels = (t[:n] for t in self.test)
+        pgd8 = {"eps": 8 / 255, "step_size": 1 / 255, "num_steps": 20}  # Table IX
+        return {
+            "clean": accuracy.correct(C, images, labels, dtype=self.dtype).double().mean().item(),
+            "pgd-8": accuracy.correct(C, images, labels, _pgd(**pgd8), dtype=self.dtype).double().mean().item(),
+        }
 
     # -- parts --------------------------------------------------------------------------------------------------
 
@@ -239,12 +262,14 @@ class Trainer:
         everything = stage == 1 and not c.pretrain.exclude_validation
         labelled = self.split.labelled_all if everything else self.split.labelled
         seed = _stream(c.seed, SAMPLER_STREAM + 10 * stage)
-        sampler: LabelledSampler | SemiSupervisedSampler
+        sampler: BatchSampler | ShardedSampler
         if not self.engine.method.needs_unlabelled:
             sampler = LabelledSampler(labelled, c.schedule.batch_size, seed)
         else:
             unlabelled = self.split.unlabelled if c.data.use_unlabelled else self.split.unlabelled[:0]
             sampler = SemiSupervisedSampler(labelled, unlabelled, c.schedule.batch_size, seed)
+        if distributed.world_size() > 1:
+            sampler = ShardedSampler(sampler, distributed.rank(), distributed.world_size())
         return ResidentLoader(self.dataset.train.images, self.dataset.train.labels, sampler, self.device, self.dtype)
 
     def _accuracy(self, data: tuple[Tensor, Tensor], robust: bool = False) -> float:
@@ -254,8 +279,12 @@ class Trainer:
             loss, num_steps = {"cw-pgd-40": ("cw", 40), "ce-pgd-20": ("ce", 20)}[self.config.val.attack]
             attack = _pgd(eps=8 / 255, step_size=self.config.val.step_size, num_steps=num_steps, loss=loss)
         seed = _stream(self.config.seed, VALIDATION_STREAM)
-        right = accuracy.correct(self.nets.C_ema, *data, attack, seed=seed, dtype=self.dtype)
-        return right.double().mean().item()
+
+        def measure() -> float:
+            right = accuracy.correct(self.nets.C_ema, *data, attack, seed=seed, dtype=self.dtype)
+            return right.double().mean().item()
+
+        return distributed.on_main(measure)
 
     def _save_samples(self, name: str, epoch: int) -> None:
         rows = sample_rows(self.nets, self.config, *self.test, with_uae=self.engine.stage == 2)
@@ -269,23 +298,36 @@ class Trainer:
 
     def _save(self, name: str) -> None:
         self.engine.check_finite()  # never a checkpoint of a run that is lost
+        ranks = distributed.all_gather(self._rank_state())
+        if not distributed.is_main():
+            return
         state = {
             "engine": self.engine.state_dict(),
+            "ranks": ranks,
             "loader": self.loader.state_dict(),
             "best": {"robust_acc": self.best.robust_acc, "epoch": self.best.epoch},
             "rows": len(self.log.rows),
         }
         checkpoint.save(self.path / "checkpoints" / f"{name}.pt", state)
 
+    def _rank_state(self) -> dict[str, Any]:
+        """What differs between ranks, on the CPU: draws, losses, and within an epoch the BatchNorm statistics."""
+        return {
+            "noise": self.engine.noise.state_dict(),
+            "stats": {name: row.cpu() for name, row in self.engine.stats.state_dict().items()},
+            "bn": [tensor.cpu() for tensor in running_statistics(self.nets)],
+        }
+
     def _resume(self) -> None:
         file = self.path / "checkpoints" / "last.pt"
-        if not file.exists():
-            if self.log.rows:
-                raise RunError(f"{file}: is missing, so the run cannot be continued; choose another --out")
+        state = distributed.on_main(lambda: self._read(file))
+        if state is None:
             return
-        state = checkpoint.load(file)
         try:
-            self.engine.load_state_dict(state["engine"])
+            own = _of_this_rank(state["ranks"])
+            self.engine.load_state_dict(state["engine"] | {"noise": own["noise"], "stats": own["stats"]})
+            for tensor, value in zip(running_statistics(self.nets), own["bn"], strict=True):
+                tensor.copy_(value)
             self.loader = self._make_loader()
             self.loader.load_state_dict(state["loader"])
             self.best, rows = Best(**state["best"]), state["rows"]
@@ -294,6 +336,14 @@ class Trainer:
             raise checkpoint.CheckpointError(f"{file}: of another configuration or other data: {reason}") from error
         self.log.rewind(rows)
         self.log.message(f"resuming at stage {self.engine.stage}, step {self.engine.step_in_stage} of the stage")
+
+    def _read(self, file: Path) -> dict[str, Any] | None:
+        """The checkpoint to go on from; None: there is nothing to go on from."""
+        if file.exists():
+            return checkpoint.load(file)
+        if self.log.rows:
+            raise RunError(f"{file}: is missing, so the run cannot be continued; choose another --out")
+        return None
 
 
 def steps_per_epoch(config: Config, split: Split) -> int:
@@ -305,6 +355,27 @@ def steps_per_epoch(config: Config, split: Split) -> int:
     return s.epoch_multiplier * math.ceil(N / (2 * s.batch_size))
 
 
+def running_statistics(nets: Networks) -> list[Tensor]:
+    """Running means and variances of every BatchNorm: all of the training's state that ranks do not share."""
+    norms = [norm for _, net in nets.items() for norm in batch_norms(net)]
+    return [getattr(norm, name) for norm in norms for name in ("running_mean", "running_var")]
+
+
+def _of_this_rank(states: list[dict[str, Any]]) -> dict[str, Any]:
+    n = distributed.world_size()
+    if len(states) != n:
+        cure = f"torchrun --nproc-per-node {len(states)}"
+        raise ValueError(f"its run has {len(states)} processes, this one {n}; continue it with {cure}")
+    return states[distributed.rank()]
+
+
+def _check_batch(config: Config) -> None:
+    """Every process needs as many images, and BatchNorm at least two. Raises ConfigError."""
+    size, n = config.schedule.batch_size, distributed.world_size()
+    if size % n or size < 2 * n:
+        raise ConfigError(f"schedule.batch_size: {size} for {n} processes, accepted: multiples of {n} from {2 * n} on")
+
+
 def _check_split(split: Split, config: Config) -> None:
     """Labels without which nothing can be trained. Raises ConfigError."""
     if METHODS[config.method].needs_unlabelled and config.data.use_unlabelled and not len(split.unlabelled):
@@ -314,8 +385,9 @@ def _check_split(split: Split, config: Config) -> None:
         )
 
 
-def _stream(seed: int, stream: int) -> int:
-    return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0])
+def _stream(seed: int, stream: int, rank: int = 0) -> int:
+    # A zero at the end changes nothing: rank 0 has the stream of a run of one process.
+    return int(np.random.SeedSequence([seed, stream, rank]).generate_state(1)[0])
 
 
 def _tensors(images: np.ndarray, labels: np.ndarray, index: np.ndarray | None) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from puat_fast.data.batch import DiscBatch, SemiBatch, StepBatch
-from puat_fast.data.sampler import BatchSampler
+from puat_fast.data.sampler import BatchSampler, ShardedSampler
 from puat_fast.ops import augment
 
 
@@ -25,7 +25,7 @@ class ResidentLoader:
         self,
         images: npt.NDArray[np.uint8],
         labels: npt.NDArray[np.int64],
-        sampler: BatchSampler,
+        sampler: BatchSampler | ShardedSampler,
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
     ) -> None:
