@@ -101,10 +101,11 @@ def _loaded(module: str, name: str) -> tuple[type[Exception], ...]:
 def _fail(argv: Sequence[str], message: str, code: int) -> int:
     if "--debug" in argv:
         traceback.print_exc()
-    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
-    if rank == "0" or code != 130:  # the ranks stop together, but each fails by itself
-        whose = "" if rank == "0" else f"rank {rank}: "
-        print(f"puat-fast: {'error: ' if code != 130 else ''}{whose}{message}", file=sys.stderr)
+    rank = int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0
+    if rank and code == 130:  # all ranks stop together, and the first tells it
+        return code
+    whose = f"rank {rank}: " if rank else ""
+    print(f"puat-fast: {'error: ' if code != 130 else ''}{whose}{message}", file=sys.stderr)
     return code
 
 

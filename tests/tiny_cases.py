@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -141,3 +143,19 @@ def run_config(out: Path, preset: str = "paper", **overrides: Any) -> Config:
     }
     merge(values, overrides)
     return tiny_config(preset, **values)
+
+
+def quicken(patch: pytest.MonkeyPatch) -> None:
+    """Runs without what takes long and is tested elsewhere: pictures, disk syncs, versions, long attacks."""
+    from puat_fast import runlog
+    from puat_fast.engine import trainer
+
+    def touch(path: Path, *args: Any) -> None:
+        Path(path).touch()
+
+    pgd = trainer.pgd
+    patch.setattr(trainer.plots, "save_curves", touch)
+    patch.setattr(trainer.plots, "save_grid", touch)
+    patch.setattr(trainer, "pgd", lambda *a, **k: pgd(*a, **(k | {"num_steps": 2})))
+    patch.setattr(runlog, "_environment", lambda path: {})
+    patch.setattr(os, "fsync", lambda handle: None)

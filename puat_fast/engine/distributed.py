@@ -52,7 +52,7 @@ def rank() -> int:
 
 def local_rank() -> int:
     """Which of those on this machine this is, from 0: the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", rank()))
+    return dist.get_node_local_rank()
 
 
 def is_main() -> bool:

@@ -279,12 +279,9 @@ class Trainer:
             loss, num_steps = {"cw-pgd-40": ("cw", 40), "ce-pgd-20": ("ce", 20)}[self.config.val.attack]
             attack = _pgd(eps=8 / 255, step_size=self.config.val.step_size, num_steps=num_steps, loss=loss)
         seed = _stream(self.config.seed, VALIDATION_STREAM)
-
-        def measure() -> float:
-            right = accuracy.correct(self.nets.C_ema, *data, attack, seed=seed, dtype=self.dtype)
-            return right.double().mean().item()
-
-        return distributed.on_main(measure)
+        return distributed.on_main(
+            lambda: accuracy.correct(self.nets.C_ema, *data, attack, seed=seed, dtype=self.dtype).double().mean().item()
+        )
 
     def _save_samples(self, name: str, epoch: int) -> None:
         rows = sample_rows(self.nets, self.config, *self.test, with_uae=self.engine.stage == 2)
@@ -356,7 +353,7 @@ def steps_per_epoch(config: Config, split: Split) -> int:
 
 
 def running_statistics(nets: Networks) -> list[Tensor]:
-    """Running means and variances of every BatchNorm: all of the training's state that ranks do not share."""
+    """Running means and variances of every BatchNorm, which differ between ranks within an epoch."""
     norms = [norm for _, net in nets.items() for norm in batch_norms(net)]
     return [getattr(norm, name) for norm in norms for name in ("running_mean", "running_var")]
 

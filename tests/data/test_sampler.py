@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from puat_fast.data import LabelledSampler, SemiSupervisedSampler
+from puat_fast.data import LabelledSampler, SemiSupervisedSampler, ShardedSampler
 
 LABELLED, UNLABELLED = np.arange(100, 110), np.arange(200, 260)
 
@@ -130,3 +130,31 @@ def test_state_of_another_split_is_refused():
 def test_refusals(labelled, unlabelled, batch_size, message):
     with pytest.raises(ValueError, match=message):
         SemiSupervisedSampler(labelled, unlabelled, batch_size, 1)
+
+
+@pytest.mark.parametrize("kind", ["semi", "labelled", "no unlabelled"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_parts_of_a_batch_are_the_batch(kind, world_size):
+    parts = zip(*(take(ShardedSampler(make(kind), rank, world_size), 30) for rank in range(world_size)), strict=True)
+    for whole, ranks in zip(take(make(kind), 30), parts, strict=True):
+        for half in ("labelled", "unlabelled"):
+            drawn, shares = getattr(whole, half), [getattr(batch, half) for batch in ranks]
+            assert {len(share) for share in shares} == {len(drawn) // world_size}
+            assert sorted(np.concatenate(shares)) == sorted(drawn)  # nothing twice, nothing left out
+            for k in range(len(shares[0])):  # and the first k of every part are the first of the batch
+                firsts = np.concatenate([share[:k] for share in shares])
+                assert sorted(firsts) == sorted(drawn[: k * world_size])
+
+
+def test_a_part_goes_on_from_the_state_of_any_other():
+    first, second = (ShardedSampler(make("semi"), rank, 2) for rank in (0, 1))
+    take(first, 7), take(second, 7)
+    straight = [batch.indices for batch in take(second, 20)]
+    other = ShardedSampler(make("semi", seed=6), 1, 2)
+    other.load_state_dict(first.state_dict())
+    np.testing.assert_array_equal([batch.indices for batch in take(other, 20)], straight)
+
+
+def test_what_cannot_be_shared_out_is_refused():
+    with pytest.raises(ValueError, match="4 labelled and 4 unlabelled images cannot be shared out among 3 processes"):
+        ShardedSampler(make("semi"), 0, 3)

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
+from tiny_cases import quicken
 
 
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
-    """Runs without what takes long and is tested elsewhere: pictures, disk syncs, versions, long attacks."""
-    from puat_fast import runlog
-    from puat_fast.engine import trainer
-
-    def touch(path: Path, *args: Any) -> None:
-        Path(path).touch()
-
-    pgd = trainer.pgd
+    """`quicken`, for the tests of a module."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.plots, "save_curves", touch)
-        patch.setattr(trainer.plots, "save_grid", touch)
-        patch.setattr(trainer, "pgd", lambda *a, **k: pgd(*a, **(k | {"num_steps": 2})))
-        patch.setattr(runlog, "_environment", lambda path: {})
-        patch.setattr(os, "fsync", lambda handle: None)
+        quicken(patch)
         yield
