@@ -139,7 +139,7 @@ class ScheduleConfig:
     """Stage 2, and what both stages share."""
 
     epochs: int = 100  # epochs of stage 2
-    batch_size: int = 256  # labelled images per batch; as many unlabelled ones
+    batch_size: int = 256  # labelled images per batch, over all processes; as many unlabelled ones
     n_disc: int = 5  # D updates per step
     order: str = "DGAC"  # order of the updates in a step (paper, Algorithm 1: DACG)
     epoch_multiplier: int = 2  # steps per epoch = epoch_multiplier * ceil(N / (2 batch_size))

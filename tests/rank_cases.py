@@ -5,6 +5,7 @@ Each rank leaves what it found in FOLDER/rank<r>.pt; the tests compare.
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import os
 import signal
@@ -160,10 +161,7 @@ def engine_scenario(folder: Path) -> dict[str, Any]:
     with distributed.process_group("cpu"):
         found |= {"together": updates(alone=False), "tools": tools()}
         engine = step_thrice(distributed.rank())
-        found["networks"] = {name: net.state_dict() for name, net in engine.nets.items()}
-        found["networks"] = {
-            name: {k: v.clone() for k, v in state.items()} for name, state in found["networks"].items()
-        }
+        found["networks"] = copy.deepcopy({name: net.state_dict() for name, net in engine.nets.items()})
         distributed.average_(running_statistics(engine.nets))
         found["bn"] = running_statistics(engine.nets)
         found |= beginning(Trainer(run_config(folder / "run"), dataset=tiny_dataset()))
