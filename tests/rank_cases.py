@@ -34,7 +34,7 @@ NETS = ["D", "G", "A", "C"]
 PRESETS = ["paper", "official-v1"]
 SCRIPT = str(Path(__file__).resolve())
 STOP_STEP = 8  # of twelve: within an epoch of stage 2
-SECONDS = 120  # after which a rank that hangs ends itself
+SECONDS = 300  # after which a rank that hangs ends itself
 
 
 def torchrun(*command: str, cwd: Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
