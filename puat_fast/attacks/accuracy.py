@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from puat_fast.networks.layers import eval_mode
+from puat_fast.networks.layers import eval_mode, uncompiled
 from puat_fast.noise import Noise
 
 Attack = Callable[[nn.Module, Tensor, Tensor, Noise], Tensor]
@@ -34,7 +34,7 @@ def correct(
     device = next(model.parameters(), images).device
     noise = Noise(seed, "cpu", dtype)
     right = torch.zeros(len(images), dtype=torch.bool)
-    with eval_mode(model):
+    with eval_mode(model), uncompiled(model):
         for start in range(0, len(images), batch_size):
             stop = start + batch_size
             x = images[start:stop].to(device, dtype).div(255)
