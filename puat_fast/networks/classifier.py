@@ -38,18 +38,19 @@ class Block(nn.Module):
         self.conv_0 = _conv(channels_in, channels_out, 3, stride, padding=1 if stride == 1 else 0)
         self.batchnorm_1 = BatchNorm2d(channels_out, momentum=BN_MOMENTUM)
         self.conv_1 = _conv(channels_out, channels_out, 3, padding=1)
-        self.shortcut = _conv(channels_in, channels_out, 1, stride) if channels_in != channels_out else None
+        self.shortcut = _conv(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """h = x + residual, N x channels_in x H x W -> two terms, N x channels_out x H/stride x W/stride each."""
-        if self.stride == 1:
-            padded, h = self.batchnorm_0.silu(x, residual)
-            a = padded
-        else:  # stride 2 pads right and bottom only: TensorFlow's "SAME"
-            padded, h = self.batchnorm_0.silu(x, residual, pad=(0, 1, 0, 1))
-            a = padded[:, :, :-1, :-1]
-        r = self.conv_1(self._between(padded))
-        return (h if self.shortcut is None else self.shortcut(a)), r
+        # stride 2 pads right and bottom only: TensorFlow's "SAME"
+        pad = (0, 0, 0, 0) if self.stride == 1 else (0, 1, 0, 1)
+        a, h = self.batchnorm_0.silu(x, residual, pad, give_h=self.shortcut is None)
+        r = self.conv_1(self._between(a))
+        if self.shortcut is None:
+            assert h is not None
+            return h, r
+        # of stride 2, but on the pixels that it reads: the padding would be copied away first
+        return self.shortcut(a if self.stride == 1 else a[:, :, :-1:2, :-1:2]), r
 
     def _between(self, padded: Tensor) -> Tensor:
         """SiLU(BN1(conv0(padded)))."""

@@ -60,8 +60,10 @@ class BatchNorm2d(nn.BatchNorm2d):
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         return super().forward(x)
 
-    def silu(self, x: Tensor, residual: Tensor | None = None, pad: Pad = (0, 0, 0, 0)) -> tuple[Tensor, Tensor]:
-        """(pad(SiLU(BN(h))), h) for h = x + residual, in few passes over memory; pad as in `bn_silu`."""
+    def silu(
+        self, x: Tensor, residual: Tensor | None = None, pad: Pad = (0, 0, 0, 0), give_h: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(pad(SiLU(BN(h))), h if `give_h`) for h = x + residual, in few passes over memory; pad as in `bn_silu`."""
         assert self.momentum is not None and self.num_batches_tracked is not None
         frozen = self.training and not self.update_stats
         running = (None, None) if frozen else (self.running_mean, self.running_var)
@@ -69,7 +71,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
         result = bn_silu(
             x, self.weight, self.bias, *running, training=self.training, momentum=self.momentum, eps=self.eps,
-            residual=residual, pad=pad,
+            residual=residual, pad=pad, give_h=give_h,
         )  # fmt: skip
         return result.out, result.h
 
