@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -34,15 +35,17 @@ def correct(
     device = next(model.parameters(), images).device
     noise = Noise(seed, "cpu", dtype)
     right = torch.zeros(len(images), dtype=torch.bool)
-    with eval_mode(model), uncompiled(model):
+    with eval_mode(model):
         for start in range(0, len(images), batch_size):
             stop = start + batch_size
             x = images[start:stop].to(device, dtype).div(255)
             y = labels[start:stop].to(device)
-            if attack is not None:
-                x = attack(model, x, y, noise)
-            with torch.no_grad():
-                right[start:stop] = (model(x).argmax(1) == y).cpu()
+            # a last batch of another size is not worth compiling for
+            with nullcontext() if len(x) == batch_size else uncompiled(model):
+                if attack is not None:
+                    x = attack(model, x, y, noise)
+                with torch.no_grad():
+                    right[start:stop] = (model(x).argmax(1) == y).cpu()
             if progress is not None:
                 done = min(stop, len(images))
                 progress(done, len(images), right[:done].double().mean().item())

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from puat_fast import info
 from puat_fast.networks import Networks
+from puat_fast.networks.layers import Compiled
 
 OPTIONS: dict[str, Any] = {
     # Backward graphs hold no forward convolution, and inductor then gives up channels_last (pytorch#189239).
@@ -16,15 +18,7 @@ MODES_OF_A_NETWORK = 32
 """How many graphs one function may have: train and eval, with and without gradients, frozen, by batch size."""
 
 
-def why_not() -> str | None:
-    """Why torch.compile cannot work here, or None where it can."""
-    try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        get_cpp_compiler()
-    except Exception as error:  # torch has a class of its own for it, in a module of no stable name
-        return f"no C++ compiler: {' '.join(str(error).split())[:120]}"
-    return None
+why_not = info.why_not_compile
 
 
 def compile_networks(nets: Networks) -> None:
@@ -33,7 +27,12 @@ def compile_networks(nets: Networks) -> None:
     Shapes are static: a batch of another size is compiled anew. The generated code is cached on disk by torch, so that
     a second run of the same sizes starts at once.
     """
+    for _, net in nets.items():
+        compile_network(net)
+
+
+def compile_network(net: Compiled) -> None:
+    """One network's core: see `compile_networks`."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, MODES_OF_A_NETWORK)
-    for _, net in nets.items():
-        net.compiled = torch.compile(net._core, fullgraph=True, dynamic=False, options=OPTIONS)  # type: ignore[assignment,arg-type]
+    net.compiled = torch.compile(net._core, fullgraph=True, dynamic=False, options=OPTIONS)

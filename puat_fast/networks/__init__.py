@@ -13,9 +13,10 @@ from torch import nn
 from puat_fast.config import Config, FastConfig
 from puat_fast.networks.attacker import Attacker
 from puat_fast.networks.augment import Augment
-from puat_fast.networks.classifier import Block, Classifier
+from puat_fast.networks.classifier import Classifier
 from puat_fast.networks.discriminator import Discriminator, DownBlock
 from puat_fast.networks.generator import CBNBlock, Generator
+from puat_fast.networks.layers import Compiled
 from puat_fast.noise import Noise
 
 __all__ = ["Attacker", "Augment", "Classifier", "Discriminator", "Generator", "Networks", "build_classifier"]
@@ -48,7 +49,7 @@ class Networks:
             net.to(noise.device, noise.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return cls(G=G, D=D, C=C, A=A, C_ema=copy_classifier(C))
 
-    def items(self) -> Iterator[tuple[str, nn.Module]]:
+    def items(self) -> Iterator[tuple[str, Compiled]]:
         """(name, network) of the five."""
         return ((f.name, getattr(self, f.name)) for f in fields(self))
 
@@ -61,8 +62,8 @@ class Networks:
                 module.pool_conv, module.commute = fast.pool_conv, fast.commute
             elif isinstance(module, CBNBlock):
                 module.commute = fast.commute
-            elif isinstance(module, Block):
-                module.fold_bn = fast.fold_bn
+        for C in (self.C, self.C_ema):
+            C.fold_bn(fast.fold_bn)
         for net in (self.C, self.C_ema, self.G, self.D):
             net.conv_dtype = conv_dtype
 

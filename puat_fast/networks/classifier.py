@@ -138,6 +138,12 @@ class Classifier(Compiled):
     def _core(self, x: Tensor) -> Tensor:
         return self.logits(self.features(x))
 
+    def fold_bn(self, on: bool) -> None:
+        """Whether eval mode folds BatchNorm into the convolution before it, where there is one (`Block.fold_bn`)."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.fold_bn = on
+
     def set_bn_momentum(self, momentum: float | Tensor) -> None:
         """Momentum of every running statistic: 1.0 takes over the last batch's ("Haiku init", spec 1.2).
 
