@@ -29,12 +29,12 @@ def dtype(asked: str) -> torch.dtype:
     return torch.float64 if asked == "fp64" else torch.float32
 
 
-def use(asked: str, device: torch.device) -> torch.dtype | None:
-    """Put a precision in force; returns the dtype of convolutions where it is not that of the weights.
+def conv_dtype(asked: str, device: torch.device) -> torch.dtype | None:
+    """Of convolutions and activations, where it is not that of the weights. Raises ConfigError as `name`."""
+    return torch.bfloat16 if name(asked, device) == "bf16" else None
 
-    On a GPU it also allows or forbids TF32 in this process: torch's own default is TF32 convolutions.
-    """
-    found = name(asked, device)
+
+def allow_tf32(asked: str, device: torch.device) -> None:
+    """On a GPU allow or forbid TF32, for the whole process: torch's own default is TF32 in convolutions alone."""
     if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = found == "tf32"
-    return torch.bfloat16 if found == "bf16" else None
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = asked == "tf32"

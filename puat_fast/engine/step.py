@@ -69,8 +69,7 @@ class Engine:
         self._use_fast_paths()
 
     def _use_fast_paths(self) -> None:
-        conv_dtype = precision.use(self.config.precision, self.noise.device)
-        self.nets.use(self.fast, conv_dtype)
+        self.nets.use(self.fast, precision.conv_dtype(self.config.precision, self.noise.device))
         self.method.use(self.fast)
         if self.fast.compile:
             compiling.compile_networks(self.nets)
@@ -124,6 +123,7 @@ class Engine:
 
     def _run(self, phases: list[Phase], batch: StepBatch, s: Scalars) -> Terms:
         """The step: everything in it stays on the device, and nothing waits for it."""
+        precision.allow_tf32(self.config.precision, self.noise.device)
         self.nets.C.set_bn_momentum(s.bn_momentum)
         for phase in phases:
             for k in range(phase.repeat):
