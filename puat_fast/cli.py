@@ -216,6 +216,10 @@ def _add_eval(verbs: Any) -> None:
     parser.add_argument("--n", type=_at_least(1), metavar="N", help="first N test images (default: all)")
     parser.add_argument("--batch-size", type=_at_least(1), default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--engine", choices=("auto", "eager", "compiled"), default="auto",
+        help="compiled: torch.compile, BatchNorm folded; auto: compiled on a GPU (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--dataset", choices=DATASETS, help="other test images than the run's own")
     parser.add_argument("--data-dir", metavar="TEXT", help="folder that holds the dataset's files (default: the run's)")
     _add_device(parser)
@@ -233,7 +237,7 @@ def _eval(options: argparse.Namespace) -> int:
         result = evaluate_run(
             options.path, [attack.name for attack in attacks], n=options.n, batch_size=options.batch_size,
             seed=options.seed, device=options.device, dataset=options.dataset, data_dir=options.data_dir,
-            progress=progress,
+            progress=progress, engine=options.engine,
         )  # fmt: skip
     rows = []
     for name, found in result["attacks"].items():

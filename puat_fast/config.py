@@ -202,6 +202,20 @@ class LogConfig:
 
 
 @dataclass(kw_only=True)
+class FastConfig:
+    """What `engine: compiled` does for speed alone. Each gives the same losses to rounding, and can be turned off."""
+
+    skip_weight_grads: bool = True  # no weight gradient that nobody reads; the eager engine skips them too
+    batch_disc: bool = True  # the three D forwards of a D update in one pass, each with its own sigma
+    batch_labels: bool = True  # C's labels for all D updates of a step in one pass
+    pool_conv: bool = True  # D: conv3x3 and average pool as one 4x4 convolution of stride 2
+    commute: bool = True  # 1x1 convolutions after D's pooling and before G's upsampling
+    fold_bn: bool = True  # C in eval mode: BatchNorm folded into the convolution before it
+    compile: bool = True  # torch.compile of the networks
+    graph: bool = True  # on a GPU: the whole step as one CUDA graph
+
+
+@dataclass(kw_only=True)
 class Config:
     """All options of a run."""
 
@@ -212,7 +226,9 @@ class Config:
     out: str | None = None  # run directory; null: runs/<dataset>-<method>-<preset>-s<seed>
     seed: int = 1  # of the split, of the initial weights and of training
     device: str = "auto"  # auto | cpu | cuda | cuda:N
-    precision: Literal["fp32", "fp64"] = "fp32"  # floating point numbers of networks and images
+    engine: Literal["auto", "eager", "compiled"] = "auto"  # how a step is run; auto: compiled on a GPU, else eager
+    precision: Literal["auto", "bf16", "tf32", "fp32", "fp64"] = "auto"  # of convolutions; auto: bf16 on GPU, else fp32
+    fast: FastConfig = field(default_factory=FastConfig)
     data: DataConfig = field(default_factory=DataConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     gan: GanConfig = field(default_factory=GanConfig)

@@ -65,12 +65,26 @@ def _fast_paths(native: dict[str, Any], cuda: bool, torch_cuda: str | None) -> d
     gpu = "" if cuda else "torch is built without CUDA" if torch_cuda is None else "torch finds no usable GPU"
     unbuilt = "" if native["available"] else native["reason"]
     no_triton = "" if _version_of("triton") else "Triton is not installed"
+    no_compile = why_not_compile() or ""
     cuda_kernels = gpu or unbuilt or native["build"]["cuda_reason"]
     return {
         "C++ kernels": _path(unbuilt, "puat_fast._C is built"),
         "CUDA kernels": _path(cuda_kernels, "built with CUDA, and there is a GPU"),
         "Triton kernels": _path(gpu or no_triton, "Triton is installed, and there is a GPU"),
+        "torch.compile": _path(no_compile, "there is a C++ compiler; part of --engine compiled"),
+        "CUDA graph of a step": _path(gpu, "there is a GPU; part of --engine compiled"),
     }
+
+
+def why_not_compile() -> str | None:
+    """Why torch.compile cannot work here, or None where it can: on a GPU too it needs a C++ compiler."""
+    from torch._inductor import cpp_builder
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except Exception as error:  # torch has a class of its own for it, in a module of no stable name
+        return f"no C++ compiler: {' '.join(str(error).split())[:120]}"
+    return None
 
 
 def _path(why_off: str, why_on: str) -> dict[str, Any]:

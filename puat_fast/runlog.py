@@ -29,8 +29,9 @@ PLAIN_SECONDS = 5.0  # between two progress lines where the output is not a term
 LIVE_SECONDS = 0.1  # between two refreshes of the live line on a terminal
 RATE_STEPS = 100  # the time left comes from the pace of so many steps
 TIMING_KEYS = ("seconds", "images_per_s")  # last in every row: all keys before them are reproducible
-# What may differ between a run and its continuation: where things are, and how often something is written.
-FREE_KEYS = ("out", "device", "data_dir", "log")
+# What may differ between a run and its continuation: where things are, how often something is written, and what
+# changes the speed alone.
+FREE_KEYS = ("out", "device", "data_dir", "log", "engine", "fast")
 
 
 class RunError(RuntimeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,8 @@ def test_discriminator_step(golden, dtype):
         close(terms[f"D/{name}"], g[f"d_{name}_mean"], dtype)
     n_l = int(g["n_labelled_for_d"])
     engine.nets.C.eval()
-    x_r, y_r = engine.method._real_for_d(b)  # type: ignore[attr-defined]
+    method: Any = engine.method
+    x_r, y_r = method._real_for_d(b, engine.nets.C(method._x_ud(b)))
     close(x_r, torch.cat([b.x_l[:n_l], b.x_ud[: len(b.x_l) - n_l]]), dtype)
     assert y_r[n_l:].tolist() == g["pseudo_hard"][: len(b.x_l) - n_l].tolist()
     close(engine.nets.C(b.x_u).softmax(1), g["soft"], dtype)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from puat_fast.networks.layers import eval_mode
+from puat_fast.networks.layers import eval_mode, uncompiled
 from puat_fast.noise import Noise
 
 Attack = Callable[[nn.Module, Tensor, Tensor, Noise], Tensor]
@@ -39,10 +40,12 @@ def correct(
             stop = start + batch_size
             x = images[start:stop].to(device, dtype).div(255)
             y = labels[start:stop].to(device)
-            if attack is not None:
-                x = attack(model, x, y, noise)
-            with torch.no_grad():
-                right[start:stop] = (model(x).argmax(1) == y).cpu()
+            # a last batch of another size is not worth compiling for
+            with nullcontext() if len(x) == batch_size else uncompiled(model):
+                if attack is not None:
+                    x = attack(model, x, y, noise)
+                with torch.no_grad():
+                    right[start:stop] = (model(x).argmax(1) == y).cpu()
             if progress is not None:
                 done = min(stop, len(images))
                 progress(done, len(images), right[:done].double().mean().item())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from puat_fast import objectives
-from puat_fast.networks.layers import eval_mode
+from puat_fast.networks.layers import eval_mode, frozen_weights
 from puat_fast.noise import Noise
 from puat_fast.ops.pgd_step import Norm, pgd_step
 
@@ -106,7 +106,7 @@ def pgd(
     if random_start:
         random = uniform_start if norm == "linf" else l2_start
         start = random(x, eps, Noise(seed, x.device, x.dtype) if noise is None else noise)
-    with eval_mode(model):
+    with eval_mode(model), frozen_weights(model):
         return ascend(
             model, x, start, attack_loss(loss, y), eps=eps, step_size=step_size, num_steps=num_steps, norm=norm
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from puat_fast.networks import Classifier
 from puat_fast.networks.layers import batch_norms
@@ -11,11 +12,11 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @torch.no_grad()
-def average_bn(C_ema: Classifier, C: Classifier, decay: float) -> None:
+def average_bn(C_ema: Classifier, C: Classifier, decay: float | Tensor) -> None:
     """`ema.bn=average`: the running statistics follow C's by the same moving average as the parameters."""
     for norm_ema, norm in zip(batch_norms(C_ema), batch_norms(C), strict=True):
         for name in ("running_mean", "running_var"):
-            getattr(norm_ema, name).mul_(decay).add_(getattr(norm, name), alpha=1 - decay)
+            getattr(norm_ema, name).mul_(decay).add_((1 - decay) * getattr(norm, name))
 
 
 @torch.no_grad()

@@ -19,12 +19,14 @@ class SGD(torch.optim.SGD):
     After each step of C: theta' <- ema_decay theta' + (1 - ema_decay) theta; decay 0 copies, so that no NaN of theta'
     survives. Each group's "ema_decay" is set beside its "lr"; until then the teacher stays as it is.
 
-    The groups differ in weight decay alone: all else is the first one's.
+    The groups differ in weight decay alone: all else is the first one's. `on_device`, where it is set, holds learning
+    rate, momentum and teacher's decay as 0-d tensors, which a captured step reads instead of the groups' numbers.
     """
 
     def __init__(self, groups: list[dict[str, Any]], teacher: dict[Tensor, Tensor], **defaults: Any) -> None:
         super().__init__(groups, **defaults)
         self.teacher = teacher
+        self.on_device: tuple[float | Tensor, float | Tensor, float | Tensor] | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -35,15 +37,17 @@ class SGD(torch.optim.SGD):
             if self.state[p].get("momentum_buffer") is None:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         group = self.param_groups[0]
+        numbers = group["lr"], group["momentum"], group.get("ema_decay", 1.0)
+        lr, momentum, ema_decay = self.on_device or numbers
         sgd_ema_(
             [p for p, _ in params],
             [p.grad for p, _ in params],
             [self.state[p]["momentum_buffer"] for p, _ in params],
             [self.teacher[p] for p, _ in params],
-            lr=group["lr"],
-            momentum=group["momentum"],
+            lr=lr,
+            momentum=momentum,
             weight_decays=[decay for _, decay in params],
-            ema_decay=group.get("ema_decay", 1.0),
+            ema_decay=ema_decay,
             nesterov=group["nesterov"],
         )
 

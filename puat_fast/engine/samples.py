@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from puat_fast import objectives
 from puat_fast.config import Config
 from puat_fast.networks import Networks
-from puat_fast.networks.layers import eval_mode
+from puat_fast.networks.layers import eval_mode, uncompiled
 from puat_fast.noise import Noise
 from puat_fast.plots import ImageRow, verdicts
 
@@ -39,7 +41,10 @@ def sample_rows(
     real, y_real = images[chosen].to(device, dtype).div(255), labels[chosen]
     y = torch.arange(num_classes, device=device).repeat_interleave(per_class)
     z = Noise(seed, device, dtype).normal("z", (len(y), config.gan.z_dim))
-    with eval_mode(nets.G), eval_mode(nets.A), eval_mode(nets.C_ema):
+    with ExitStack() as modes:
+        for net in (nets.G, nets.A, nets.C_ema):
+            modes.enter_context(eval_mode(net))
+            modes.enter_context(uncompiled(net))
         x_g = nets.G(z, y)
         x_uae = nets.G(nets.A(z, y), y)
         if config.uae.project_eps is not None:

@@ -21,7 +21,7 @@ from puat_fast.data.formats import Dataset, load_dataset
 from puat_fast.data.loaders.resident import ResidentLoader
 from puat_fast.data.sampler import BatchSampler, LabelledSampler, SemiSupervisedSampler, ShardedSampler
 from puat_fast.data.splits import Split, split_indices
-from puat_fast.engine import distributed
+from puat_fast.engine import distributed, precision
 from puat_fast.engine.samples import sample_rows
 from puat_fast.engine.signals import StopSignal
 from puat_fast.engine.stats import NonFiniteError
@@ -34,7 +34,6 @@ from puat_fast.runlog import MutedRunLog, RunError, RunLog
 
 __all__ = ["Loader", "NonFiniteError", "Run", "Trainer"]
 
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 # Streams of one seed must not repeat each other: these tell them apart.
 NOISE_STREAM, SAMPLER_STREAM, VALIDATION_STREAM = 1, 2, 3
 
@@ -121,7 +120,7 @@ class Trainer:
     ) -> None:
         self.config = config
         _check_batch(config)
-        self.device, self.dtype = resolve_device(config.device), DTYPES[config.precision]
+        self.device, self.dtype = resolve_device(config.device), precision.dtype(config.precision)
         if distributed.world_size() > 1 and self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.dataset = dataset if dataset is not None else load_dataset(config.dataset, config.data_dir)
@@ -145,6 +144,7 @@ class Trainer:
         main = distributed.is_main()
         self.log = RunLog(path, config, resume=resume is not None) if main else MutedRunLog(path, config)
         self.path = self.log.path
+        self.engine.say = self.log.message
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -159,6 +159,7 @@ class Trainer:
         total = sum(self._epochs(stage) * E for stage in engine.method.stages)
         done = engine.step_in_stage + (self._epochs(1) * E if engine.stage == 2 and 1 in engine.method.stages else 0)
         with self.log:
+            self.log.message(engine.description)
             self.log.start(total, done)
             if not len(self.val[1]):
                 self.log.message("no validation images: the last epoch is kept, there is no early stopping")

@@ -16,6 +16,8 @@ from puat_fast.attacks import accuracy
 from puat_fast.attacks.pgd import pgd
 from puat_fast.config import Config, ConfigError
 from puat_fast.data.formats import load_dataset
+from puat_fast.engine import compiling
+from puat_fast.engine.step import resolve_engine
 from puat_fast.engine.trainer import resolve_device
 from puat_fast.evaluation.names import AttackSpec, parse_attack
 from puat_fast.noise import Noise
@@ -35,15 +37,20 @@ def evaluate_run(
     dataset: str | None,
     data_dir: str | None,
     progress: Progress | None,
+    engine: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate the classifier of a run directory or file on the first n test images (None: all).
 
-    dataset and data_dir default to the run's own. Returns run, dataset, n, seed and, per attack, accuracy, correct,
+    dataset and data_dir default to the run's own. engine: eager | compiled (torch.compile, BatchNorm folded; the same
+    to rounding) | auto, which is compiled on a GPU. Returns run, dataset, n, seed and, per attack, accuracy, correct,
     n, eps, step_size, num_steps, seconds. Raises ConfigError, DataError, CheckpointError.
     """
     specs = [parse_attack(name) for name in attacks]
     metadata = checkpoint.read_metadata(checkpoint.classifier_file(path))
     C = checkpoint.load_classifier(path, resolve_device(device))
+    if resolve_engine(engine, next(C.parameters()).device) == "compiled" and compiling.why_not() is None:
+        C.fold_bn(True)
+        compiling.compile_network(C)
     config_file = path / "config.yaml"
     if data_dir is None and config_file.exists():
         data_dir = Config.load(config_file).data_dir

@@ -10,8 +10,9 @@ import torch
 from puat_fast import checkpoint, plots
 from puat_fast.config import Config, ConfigError
 from puat_fast.data.formats import load_dataset
+from puat_fast.engine import precision
 from puat_fast.engine.samples import sample_rows
-from puat_fast.engine.trainer import DTYPES, resolve_device
+from puat_fast.engine.trainer import resolve_device
 from puat_fast.methods import METHODS
 from puat_fast.networks import Networks
 from puat_fast.noise import Noise
@@ -32,7 +33,7 @@ def generate_run(path: Path, grid: Path, per_class: int, seed: int, device: str)
     best = path / "checkpoints" / "best.pt"
     state = checkpoint.load(best if best.exists() else path / "checkpoints" / "last.pt")
     dataset = load_dataset(config.dataset, config.data_dir)
-    noise = Noise(seed, resolve_device(device), DTYPES[config.precision])
+    noise = Noise(seed, resolve_device(device), precision.dtype(config.precision))
     nets = Networks.build(config, dataset.num_classes, noise)
     try:
         for name, net in nets.items():

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from puat_fast import objectives as L
 from puat_fast.attacks.pgd import ascend, attack_loss, gauss_start, uniform_start
-from puat_fast.config import Config
+from puat_fast.config import Config, FastConfig
 from puat_fast.data.batch import DiscBatch, SemiBatch, StepBatch
 from puat_fast.methods.phase import Phase, Report, Scalars
 from puat_fast.networks import Networks
-from puat_fast.networks.layers import eval_mode, frozen_running_stats
+from puat_fast.networks.layers import eval_mode, frozen_running_stats, frozen_weights
 from puat_fast.noise import Noise
 
 
@@ -35,7 +35,13 @@ class Puat:
         self.config, self.noise, self.report = config, noise, report
         self.G, self.D, self.C, self.A, self.C_ema = nets.G, nets.D, nets.C, nets.A, nets.C_ema
         self.z_shared: Tensor | None = None  # the z of the G update, for uae.share_z
+        self.batch_labels = False  # C's labels for all D updates of a step at once
+        self.labels: list[Tensor] = []  # C's logits for the D updates to come
         self.stages: tuple[int, ...] = (1, 2) if config.pretrain.epochs else (2,)
+
+    def use(self, fast: FastConfig) -> None:
+        """Take the exact short cuts that `fast` names."""
+        self.batch_labels = fast.batch_labels
 
     def phases(self, stage: int, epoch: int) -> list[Phase]:
         """Stage 1: C, from gan_start on also D and G; stage 2: all four, in `schedule.order`."""
@@ -61,31 +67,44 @@ class Puat:
     def discriminator(self, batch: StepBatch, s: Scalars, k: int) -> Iterator[Tensor]:
         """L_D = mean relu(1 - D(x_r,y_r)) + 1/2 mean relu(1 + D(x_g,y_l)) + 1/2 mean sum_k p relu(1 + D(x_u,k))."""
         b = batch.D[k]
-        with torch.no_grad(), eval_mode(self.C):
-            x_r, y_r = self._real_for_d(b)
-        d_real = self.D(x_r, y_r)
+        with torch.no_grad():
+            logits_ud, logits_u = self._labels(batch, k)
+            x_r, y_r = self._real_for_d(b, logits_ud)
+            x_g, x_u = self.G(self._z(b), b.y_l), self._x_u(b)
+        d_real, d_fake_g, d_fake_c = self.D.scores((x_r, y_r), (x_g, b.y_l), (x_u, None))
         real = L.hinge_real(d_real)
-        yield real
-
-        with torch.no_grad(), eval_mode(self.C):
-            x_u = self._x_u(b)
-            x_g = self.G(self._z(b), b.y_l)
-            logits_u = self.C(x_u)
-        d_fake_g = self.D(x_g, b.y_l)
-        d_fake_c = self.D(x_u)
         fake = 0.5 * L.hinge_fake(d_fake_g) + 0.5 * L.hinge_fake_by_class(d_fake_c, logits_u)
-        yield fake
+        yield real + fake
 
         self._report(("D/real", d_real.mean()), ("D/fake_g", d_fake_g.mean()), ("D/fake_c", d_fake_c.mean()),
                      ("D/loss", real + fake))  # fmt: skip
 
-    def _real_for_d(self, b: DiscBatch) -> tuple[Tensor, Tensor]:
+    def _real_for_d(self, b: DiscBatch, logits_ud: Tensor) -> tuple[Tensor, Tensor]:
         """(x_r, y_r): labelled pairs, and a part f of other unlabelled images with C's hard labels."""
+        n_l = len(b.y_l) - len(logits_ud)
+        return torch.cat([b.x_l[:n_l], self._x_ud(b)]), torch.cat([b.y_l[:n_l], logits_ud.argmax(1)])
+
+    def _x_ud(self, b: DiscBatch) -> Tensor:
+        """The unlabelled images that D sees as real: int(B f) of them, none without unlabelled data."""
         n_u = int(len(b.y_l) * self.config.data.mix_frac)  # truncated, as the official code does (spec 5.2, 2)
-        if b.x_ud is None or n_u == 0:
-            return b.x_l, b.y_l
-        n_l, x_ud = len(b.y_l) - n_u, b.x_ud[:n_u]
-        return torch.cat([b.x_l[:n_l], x_ud]), torch.cat([b.y_l[:n_l], self.C(x_ud).argmax(1)])
+        return b.x_l[:0] if b.x_ud is None else b.x_ud[:n_u]
+
+    def _labels(self, batch: StepBatch, k: int) -> tuple[Tensor, Tensor]:
+        """C's logits, in eval mode, of x_ud and x_u of D batch k; with `batch_labels` of all batches, when k is 0.
+
+        C stays as it is while D is trained, and in eval mode no image sees another: one pass gives the same.
+        """
+        if k == 0 or not self.batch_labels:
+            batches = batch.D[: self.config.schedule.n_disc] if self.batch_labels else [batch.D[k]]
+            images = [x for b in batches for x in (self._x_ud(b), self._x_u(b))]
+            with eval_mode(self.C):
+                if self.batch_labels:
+                    self.labels = list(self.C(torch.cat(images)).split([len(x) for x in images]))
+                else:
+                    self.labels = [self.C(x) if len(x) else x.new_empty(0, self.C.num_classes) for x in images]
+        logits_ud, logits_u = self.labels[:2]
+        self.labels = self.labels[2:]
+        return logits_ud, logits_u
 
     # -- G: eq 8 ------------------------------------------------------------------------------------------------
 
@@ -119,7 +138,7 @@ class Puat:
 
     def classifier(self, batch: StepBatch, s: Scalars, k: int) -> Iterator[Tensor]:
         """L_C = CE(C(x_l),y_l) + a MSE + r [lambda CE(C(x_uae),y_l) + w CE(C(x_rae),y_m) - gamma mean sum_k p D]."""
-        if s.adv_ramp == 0:  # up to adv_start: the mean teacher alone, as in stage 1
+        if not s.adversarial:  # up to adv_start: the mean teacher alone, as in stage 1
             yield from self.classifier_pretrain(batch, s, k)
             return
         b, terms = batch.C, dict[str, Tensor]()
@@ -149,7 +168,7 @@ class Puat:
             d_u = self.D(self._x_u(b))
             x_m, y_m = self._mixed(b, logits_u)
         sup = self._ce(logits_l, b.y_l)
-        con = self._consistency(s.consistency_weight, b, logits_l, logits_u)
+        con = self._consistency(s, b, logits_l, logits_u)
         fake = s.adv_ramp * self.config.loss.gamma * L.classifier_vs_discriminator(logits_u, d_u)
         terms |= {"C/sup": sup, "C/con": con, "C/fake": fake, "C/clean_acc": L.accuracy(logits_l, b.y_l)}
         return sup + con + fake, x_m, y_m
@@ -168,15 +187,15 @@ class Puat:
 
     def classifier_pretrain(self, batch: StepBatch, s: Scalars, k: int) -> Iterator[Tensor]:
         """Stage 1: CE_ls(C(x_l), y_l) + a(t) MSE, the mean teacher; C(x_m) is a forward of its own."""
-        b, a = batch.C, s.consistency_weight
+        b = batch.C
         logits_l = self.C(b.x_l)
         sup = self._ce(logits_l, b.y_l)
         con = torch.zeros_like(sup)
-        if a > 0:
+        if s.consistent:
             x_c = self._x_c(b)
             logits_teacher = self._teacher(x_c)
             logits_c = logits_l if b.x_u is None else self.C(x_c)
-            con = a * L.consistency(logits_c, logits_teacher, self.config.consistency.reduce)
+            con = s.consistency_weight * L.consistency(logits_c, logits_teacher, self.config.consistency.reduce)
         yield sup + con
         self._report(("C/sup", sup), ("C/con", con), ("C/loss", sup + con),
                      ("C/clean_acc", L.accuracy(logits_l, b.y_l)))  # fmt: skip
@@ -194,15 +213,15 @@ class Puat:
             return self._x_m(b), b.y_l
         return self._x_m(b), torch.cat([b.y_l[:n_l], logits_u.argmax(1)[n_l:]])
 
-    def _consistency(self, a: float, b: SemiBatch, logits_l: Tensor, logits_u: Tensor) -> Tensor:
+    def _consistency(self, s: Scalars, b: SemiBatch, logits_l: Tensor, logits_u: Tensor) -> Tensor:
         """a(t) MSE(p_C, p_C'), with C's logits from the forwards at hand."""
         n_l = self._n_labelled(b)
         mixed = self.config.consistency.source == "mixed"
         logits_c = torch.cat([logits_l[:n_l], logits_u[n_l:]]) if mixed else logits_u
         logits_teacher = self._teacher(self._x_c(b))
-        if a == 0:
+        if not s.consistent:
             return torch.zeros((), device=logits_c.device, dtype=logits_c.dtype)
-        return a * L.consistency(logits_c, logits_teacher, self.config.consistency.reduce)
+        return s.consistency_weight * L.consistency(logits_c, logits_teacher, self.config.consistency.reduce)
 
     @torch.no_grad()
     def _teacher(self, x: Tensor) -> Tensor:
@@ -219,7 +238,7 @@ class Puat:
             "train": nullcontext(), "train_frozen": frozen_running_stats(self.C), "eval": eval_mode(self.C)
         }  # fmt: skip
         loss = attack_loss("ce", y)
-        with modes[rae.bn]:
+        with modes[rae.bn], frozen_weights(self.C):
             return ascend(self.C, x, start, loss, eps=a.eps, step_size=a.step_size, num_steps=a.num_steps)
 
     # -- shared -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from puat_fast import objectives as L
-from puat_fast.config import Config
+from puat_fast.config import Config, FastConfig
 from puat_fast.data.batch import StepBatch
 from puat_fast.methods.phase import Phase, Report, Scalars
 from puat_fast.networks import Networks
@@ -25,6 +25,9 @@ class Regular:
 
     def __init__(self, config: Config, nets: Networks, noise: Noise, report: Report) -> None:
         self.config, self.C, self.C_ema, self.report = config, nets.C, nets.C_ema, report
+
+    def use(self, fast: FastConfig) -> None:
+        """There is nothing to cut short but what the networks do by themselves."""
 
     def phases(self, stage: int, epoch: int) -> list[Phase]:
         """C alone."""

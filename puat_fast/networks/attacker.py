@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from puat_fast.networks.generator import CBNBlock
+from puat_fast.networks.layers import Compiled
 
 
-class Attacker(nn.Module):
+class Attacker(Compiled):
     """A(z, y) = z_a = z + clip * tanh(net(z, y)), so |z_a - z|_inf <= clip.
 
     net: Linear -> 16 x 4 x 4, residual blocks 16 -> 32 -> 16 with conditional BN, Linear -> z_dim.
@@ -27,6 +28,9 @@ class Attacker(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """z: N x z_dim, y: N class indices -> z_a, N x z_dim."""
+        return self.core(z, y)
+
+    def _core(self, z: Tensor, y: Tensor) -> Tensor:
         h = self.linear_in(z).unflatten(1, (16, 4, 4))
         for block in self.blocks:
             h = block(h, y)

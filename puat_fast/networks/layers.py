@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puat_fast.ops import bn_silu, cond_bn_relu_up, spectral_norm
+from puat_fast.ops import bn_silu, cond_bn_relu_up, spectral_norm, spectral_sigmas
 from puat_fast.ops.bn_silu import Pad
+
+
+class Compiled(nn.Module):
+    """Base of the four networks: `core` is the part of forward that may be compiled, from tensors to a tensor.
+
+    What draws random numbers or advances a power iteration stays outside of it.
+    """
+
+    conv_dtype: torch.dtype | None = None
+    """dtype of convolutions and activations; None: that of the weights. Logits, scores and images are float32."""
+    _core: Callable[..., Tensor]
+    compiled: Callable[..., Tensor] | None = None
+    """torch.compile of `_core`, where the engine has compiled the network."""
+
+    def core(self, *inputs: Tensor) -> Tensor:
+        """`_core(*inputs)`, compiled or not."""
+        return self._core(*inputs) if self.compiled is None else self.compiled(*inputs)
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> Tensor:
+    """F.conv2d in the dtype of x: weight and bias, float32 masters, are rounded to it, their gradients are theirs."""
+    return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding)
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d that works in the dtype of its input: see `conv2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: N x channels_in x H x W -> N x channels_out x H/stride x W/stride, of x's dtype."""
+        assert isinstance(self.padding, tuple)
+        return conv2d(x, self.weight, self.bias, self.stride[0], self.padding[0])
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation whose running statistics can be left alone in train mode.
 
-    With `update_stats` false, train mode normalises by the batch's own statistics and changes no buffer.
+    With `update_stats` false, train mode normalises by the batch's own statistics and changes no buffer. `momentum` may
+    be a 0-d tensor where `silu` is used: what is captured or compiled then sees it change.
     """
 
     update_stats = True
@@ -27,8 +60,10 @@ class BatchNorm2d(nn.BatchNorm2d):
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         return super().forward(x)
 
-    def silu(self, x: Tensor, residual: Tensor | None = None, pad: Pad = (0, 0, 0, 0)) -> tuple[Tensor, Tensor]:
-        """(pad(SiLU(BN(h))), h) for h = x + residual, in few passes over memory; pad as in `bn_silu`."""
+    def silu(
+        self, x: Tensor, residual: Tensor | None = None, pad: Pad = (0, 0, 0, 0), give_h: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(pad(SiLU(BN(h))), h if `give_h`) for h = x + residual, in few passes over memory; pad as in `bn_silu`."""
         assert self.momentum is not None and self.num_batches_tracked is not None
         frozen = self.training and not self.update_stats
         running = (None, None) if frozen else (self.running_mean, self.running_var)
@@ -36,9 +71,18 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
         result = bn_silu(
             x, self.weight, self.bias, *running, training=self.training, momentum=self.momentum, eps=self.eps,
-            residual=residual, pad=pad,
+            residual=residual, pad=pad, give_h=give_h,
         )  # fmt: skip
         return result.out, result.h
+
+    def folded_into(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(weight, bias) of the convolution that, in eval mode, is this layer after one with `weight` and no bias.
+
+        weight: channels x ... -> gain / sqrt(var + eps) * weight, beta - mean * gain / sqrt(var + eps).
+        """
+        assert self.running_var is not None and self.running_mean is not None
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return weight * scale.view(-1, 1, 1, 1), self.bias - self.running_mean * scale
 
 
 class ConditionalBatchNorm2d(nn.Module):
@@ -66,6 +110,13 @@ class ConditionalBatchNorm2d(nn.Module):
         )  # fmt: skip
 
 
+class Ready(NamedTuple):
+    """What a layer with spectral norm works with: y = factor * (weight applied to x) + bias."""
+
+    weight: Tensor
+    factor: Tensor | None = None  # 1 / sigma for each image, N; None: the weight is W / sigma already
+
+
 class SpectralNorm(nn.Module):
     """Base of layers that use W / sigma, sigma = u^T W v, W flattened to (out, rest).
 
@@ -76,7 +127,7 @@ class SpectralNorm(nn.Module):
     weight: nn.Parameter
     u: Tensor
     v: Tensor
-    _ready: Tensor | None = None
+    _ready: Ready | None = None
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -90,7 +141,15 @@ class SpectralNorm(nn.Module):
 
         Inside `normalised_together` the iteration is done, and its result given.
         """
-        return _normalised([self])[0] if self._ready is None else self._ready
+        return self._given().weight
+
+    def _given(self) -> Ready:
+        return Ready(_normalised([self])[0]) if self._ready is None else self._ready
+
+
+def spectral_layers(module: nn.Module) -> list[SpectralNorm]:
+    """Every layer with spectral norm of a network, in the order of `modules()`."""
+    return [m for m in module.modules() if isinstance(m, SpectralNorm)]
 
 
 def _normalised(layers: Sequence[SpectralNorm], lookups: SpectralNorm | None = None) -> list[Tensor]:
@@ -111,9 +170,47 @@ def normalised_together(module: nn.Module, lookups: SpectralNorm | None = None) 
     lookups: a layer whose K rows are looked up one by one, each after an iteration of its own, so that row k has the
     sigma after k + 1 iterations; in eval mode it is as the others.
     """
-    layers = [m for m in module.modules() if isinstance(m, SpectralNorm)]
-    for layer, weight in zip(layers, _normalised(layers, lookups), strict=True):
-        layer._ready = weight
+    layers = spectral_layers(module)
+    with _given_ready(layers, [Ready(weight) for weight in _normalised(layers, lookups)]):
+        yield
+
+
+@contextmanager
+def normalised_per_call(
+    module: nn.Module, sizes: Sequence[int], lookups: Mapping[SpectralNorm, Sequence[int]]
+) -> Iterator[dict[SpectralNorm, list[Tensor]]]:
+    """Inside, one forward of `module` on the images of several calls is what these calls would give one by one.
+
+    The weights stay as they are, and the part of call k, sizes[k] images, is divided by the sigma that call k would
+    have had: one power iteration for each call. lookups: layers that make lookups[layer][k] iterations in call k; these
+    apply no sigma by themselves. Yields {layer: [sigmas of call k, ...]} of those.
+    """
+    layers = spectral_layers(module)
+    counts = [list(lookups.get(layer, [1] * len(sizes))) for layer in layers]
+    sigmas = spectral_sigmas(
+        [layer.weight for layer in layers],
+        [layer.u for layer in layers],
+        [layer.v for layer in layers],
+        iterations=[sum(n) if layer.training else 0 for layer, n in zip(layers, counts, strict=True)],
+    )
+    of_call = [
+        list(sigma.split(n)) if layer.training else [sigma] * len(n)
+        for layer, sigma, n in zip(layers, sigmas, counts, strict=True)
+    ]
+    own = [i for i, layer in enumerate(layers) if layer not in lookups]
+    per_image = torch.cat(  # own layers x images: one row for each layer
+        [torch.stack([of_call[i][k][0] for i in own]).reciprocal()[:, None].expand(-1, n) for k, n in enumerate(sizes)],
+        dim=1,
+    )
+    ready = [Ready(layers[i].weight, factor) for i, factor in zip(own, per_image, strict=True)]
+    with _given_ready([layers[i] for i in own], ready):
+        yield {layer: of_call[i] for i, layer in enumerate(layers) if layer in lookups}
+
+
+@contextmanager
+def _given_ready(layers: Sequence[SpectralNorm], ready: Sequence[Ready]) -> Iterator[None]:
+    for layer, given in zip(layers, ready, strict=True):
+        layer._ready = given
     try:
         yield
     finally:
@@ -132,7 +229,26 @@ class SNConv2d(SpectralNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: N x channels_in x H x W -> N x channels_out x H x W."""
-        return F.conv2d(x, self.normalised_weight(), self.bias, padding=self.weight.shape[-1] // 2)
+        given = self._given()
+        return self._convolved(x, given.weight, given.factor, stride=1, padding=self.weight.shape[-1] // 2)
+
+    def pooled(self, x: Tensor, as_one: bool) -> Tensor:
+        """avgpool2(self(x)) of a 3 x 3 layer, N x channels_out x H/2 x W/2.
+
+        as_one: by one 4 x 4 convolution of stride 2, whose weight is a quarter of the sum of four shifts of W: half the
+        FLOPs, the same to rounding (performance.md 1.1, row 5).
+        """
+        if not as_one:
+            return F.avg_pool2d(self(x), 2)
+        given = self._given()
+        w4 = F.avg_pool2d(given.weight, 2, stride=1, padding=1)
+        return self._convolved(x, w4, given.factor, stride=2, padding=1)
+
+    def _convolved(self, x: Tensor, weight: Tensor, factor: Tensor | None, stride: int, padding: int) -> Tensor:
+        if factor is None:
+            return conv2d(x, weight, self.bias, stride, padding)
+        y = conv2d(x, weight, None, stride, padding)
+        return (y * factor.view(-1, 1, 1, 1) + self.bias.view(-1, 1, 1)).to(y.dtype)
 
 
 class SNLinear(SpectralNorm):
@@ -146,7 +262,10 @@ class SNLinear(SpectralNorm):
 
     def forward(self, h: Tensor) -> Tensor:
         """h: N x features_in -> N x features_out."""
-        return F.linear(h, self.normalised_weight(), self.bias)
+        weight, factor = self._given()
+        if factor is None:
+            return F.linear(h, weight, self.bias)
+        return F.linear(h, weight) * factor[:, None] + self.bias
 
 
 class SNEmbedding(SpectralNorm):
@@ -185,3 +304,28 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in before:
             m.training = training
+
+
+@contextmanager
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """Inside, a network runs as it is written: for batches of many sizes, each of which would be compiled anew."""
+    before = [(m, m.compiled) for m in module.modules() if isinstance(m, Compiled)]
+    for m, _ in before:
+        m.compiled = None
+    try:
+        yield
+    finally:
+        for m, compiled in before:
+            m.compiled = compiled
+
+
+@contextmanager
+def frozen_weights(module: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of the network requires a gradient, and so a compiled backward computes none."""
+    before = [(p, p.requires_grad) for p in module.parameters()]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, requires_grad in before:
+            p.requires_grad_(requires_grad)

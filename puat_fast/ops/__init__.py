@@ -10,7 +10,7 @@ from puat_fast.ops.pgd_step_normalize import pgd_step_normalize
 from puat_fast.ops.sgd_ema import adam_, sgd_ema_
 from puat_fast.ops.smooth_ce import cw_margin, smooth_ce
 from puat_fast.ops.softmax_mse import softmax_mse
-from puat_fast.ops.spectral_norm import spectral_norm
+from puat_fast.ops.spectral_norm import spectral_norm, spectral_sigmas
 
 __all__ = [
     "BnSilu",
@@ -29,5 +29,6 @@ __all__ = [
     "smooth_ce",
     "softmax_mse",
     "spectral_norm",
+    "spectral_sigmas",
     "update_running_stats",
 ]

@@ -21,7 +21,7 @@ class BnSilu(NamedTuple):
     """What bn_silu gives. mean and var: groups x C, in train mode; None in eval mode."""
 
     out: Tensor
-    h: Tensor
+    h: Tensor | None  # None where it was not asked for
     mean: Tensor | None
     var: Tensor | None  # unbiased, as running statistics take it
 
@@ -39,6 +39,7 @@ def bn_silu(
     groups: int = 1,
     residual: Tensor | None = None,
     pad: Pad = (0, 0, 0, 0),
+    give_h: bool = True,
     impl: Impl = "auto",
 ) -> BnSilu:
     """Normalise h = x + residual per channel, then scale, shift, SiLU and pad; h itself is given out too.
@@ -66,6 +67,8 @@ def bn_silu(
         groups: divides N.
         residual: like x; None stands for zero.
         pad: columns left, right and rows top, bottom of zeros around out, as in torch.nn.functional.pad.
+        give_h: whether h is read by anybody else. Where it is not, say so: a compiled backward would else make zeros
+            for its gradient, and add them.
         impl: "auto", or "reference" for plain torch.
 
     Returns:
@@ -76,13 +79,15 @@ def bn_silu(
     """
     _check(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, groups, pad)
     if takes_reference(impl) or not _has_kernel(x):
-        return _reference(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, groups, pad)
+        plain = _reference(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, groups, pad)
+        return plain if give_h else plain._replace(h=None)
     x = _channels_last(x)
     residual = None if residual is None else _channels_last(residual)
-    out, h, stats = _BnSilu.apply(  # type: ignore[no-untyped-call]
-        x, residual, weight, bias, running_mean, running_var, training, momentum, eps, groups, pad
+    out, stats, *h = _BnSilu.apply(  # type: ignore[no-untyped-call]
+        x, residual, weight, bias, running_mean, running_var, training, momentum, eps, groups, pad, give_h
     )
-    return BnSilu(out, h, stats[0], stats[2]) if training else BnSilu(out, h, None, None)
+    mean, var = (stats[0], stats[2]) if training else (None, None)
+    return BnSilu(out, h[0] if h else None, mean, var)
 
 
 def update_running_stats(
@@ -184,7 +189,8 @@ class _BnSilu(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
         running_var: Tensor | None, training: bool, momentum: float | Tensor, eps: float, groups: int, pad: Pad,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        give_h: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         number, tensor = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
         out, h, stats = torch.ops.puat_fast.bn_silu_forward(
             x, residual, weight, bias, running_mean, running_var, training, number, tensor, eps, groups, pad
@@ -195,11 +201,11 @@ class _BnSilu(torch.autograd.Function):
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.training, ctx.eps, ctx.pad = training, eps, pad
-        return out, h, stats
+        return (out, stats, h) if give_h else (out, stats)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_h: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, _: None, grad_h: Tensor | None = None) -> tuple[Tensor | None, ...]:
         h, weight, bias, mean, var = ctx.saved_tensors
         if not ctx.training:
             mean, var = mean[None], var[None]
@@ -211,7 +217,7 @@ class _BnSilu(torch.autograd.Function):
                 bias, ctx.eps, ctx.pad, ctx.training, need_x or need_residual, need_weight or need_bias,
             )  # fmt: skip
         needed = (grad_x, need_x), (grad_x, need_residual), (grad_weight, need_weight), (grad_bias, need_bias)
-        return *(grad if need else None for grad, need in needed), *(None,) * 7
+        return *(grad if need else None for grad, need in needed), *(None,) * 8
 
 
 def _forward_triton(

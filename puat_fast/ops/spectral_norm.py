@@ -80,6 +80,39 @@ def spectral_norm(
     return results
 
 
+def spectral_sigmas(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    *,
+    iterations: Sequence[int],
+    impl: Impl = "auto",
+) -> list[Tensor]:
+    """The sigma after each of several power iterations: what calls of `spectral_norm`, one iteration each, divide by.
+
+        n times: v <- W^T u / |W^T u|, u <- W v / |W v|, sigma_k = u^T W v        (|.| at least 1e-12)
+
+    So that a convolution with W itself serves several calls at once: the part of call k is divided by sigma_k later.
+    u and v are updated in place and constants in backward: dW = sum_k g_k u_k v_k^T.
+
+    Source, arguments, kernels and errors as `spectral_norm`.
+
+    Returns:
+        For each layer a vector of max(n, 1) values; of the u and v as they are where n is 0. Differentiable once.
+    """
+    _check(weights, us, vs, iterations, [False] * len(weights), None)
+    if takes_reference(impl) or any(weight.dtype == torch.float64 for weight in weights):
+        return [
+            torch.stack([torch.dot(u_k, weight.flatten(1) @ v_k) for u_k, v_k in _steps(weight, u, v, n)])
+            for weight, u, v, n in zip(weights, us, vs, iterations, strict=True)
+        ]
+    results: list[Tensor] = []
+    for first in range(0, len(weights), _MAX_LAYERS):
+        part = slice(first, first + _MAX_LAYERS)
+        results += _Sigmas.apply(*weights[part], *_traces(weights[part], us[part], vs[part], iterations[part]))  # type: ignore[no-untyped-call]
+    return results
+
+
 def _fused(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -88,10 +121,39 @@ def _fused(
     per_row: Sequence[bool],
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
+    return _Normalise.apply(per_row, dtype, *weights, *_traces(weights, us, vs, iterations))  # type: ignore[no-untyped-call]
+
+
+def _traces(
+    weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], iterations: Sequence[int]
+) -> tuple[Tensor, ...]:
     with torch.no_grad():
         trace = torch.ops.puat_fast.spectral_norm_iterate(weights, us, vs, iterations)
-    traces = trace.split([_trace_size(weight, n) for weight, n in zip(weights, iterations, strict=True)])
-    return _Normalise.apply(per_row, dtype, *weights, *traces)  # type: ignore[no-untyped-call]
+    return trace.split([_trace_size(weight, n) for weight, n in zip(weights, iterations, strict=True)])
+
+
+class _Sigmas(torch.autograd.Function):
+    """The last column of each trace, as a function of W."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        half = len(tensors) // 2
+        pairs = zip(tensors[half:], tensors[:half], strict=True)
+        return tuple(_split_trace(trace, weight, per_row=True)[2].clone() for trace, weight in pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        half = len(ctx.saved_tensors) // 2
+        grad_weights: list[Tensor | None] = [None] * half
+        for i, (grad, weight, trace) in enumerate(
+            zip(grads, ctx.saved_tensors[:half], ctx.saved_tensors[half:], strict=True)
+        ):
+            if ctx.needs_input_grad[i]:
+                v, u, _ = _split_trace(trace, weight, per_row=True)
+                grad_weights[i] = torch.empty_like(weight).copy_(((u.T * grad) @ v).view(weight.shape))
+        return *grad_weights, *[None] * half
 
 
 class _Normalise(torch.autograd.Function):
@@ -157,14 +219,17 @@ def _check(
 
 
 def _reference(weight: Tensor, u: Tensor, v: Tensor, n: int, per_row: bool) -> Tensor:
-    flat = weight.flatten(1)
-    with torch.no_grad():
-        steps = _power_iterations(flat, u, v, n)
+    flat, steps = weight.flatten(1), _steps(weight, u, v, n)
     if not per_row:
         u, v = steps[-1]
         return weight / torch.dot(u, flat @ v)
     sigma = torch.stack([torch.dot(u, flat @ v) for u, v in steps])
     return weight / sigma.view(-1, *[1] * (weight.dim() - 1))
+
+
+def _steps(weight: Tensor, u: Tensor, v: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
+    with torch.no_grad():
+        return _power_iterations(weight.flatten(1), u, v, n)
 
 
 def _power_iterations(flat: Tensor, u: Tensor, v: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:

@@ -14,6 +14,7 @@ from puat_fast import checkpoint
 from puat_fast.config import ConfigError
 from puat_fast.engine import distributed
 from puat_fast.engine import trainer as trainer_module
+from puat_fast.engine.step import fast_paths
 from puat_fast.engine.trainer import Trainer
 from puat_fast.runlog import RunError, read_metrics
 
@@ -204,3 +205,11 @@ def test_each_process_has_the_device_of_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="device: 'cuda:1' asked for, but torch sees 1 CUDA devices"):
         trainer_module.resolve_device("auto")
+
+
+def test_a_step_of_several_processes_is_no_cuda_graph(monkeypatch):
+    config, device = run_config(Path("run"), engine="compiled"), torch.device("cuda")
+    assert fast_paths(config, device)[0].graph
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    fast, off = fast_paths(config, device)
+    assert not fast.graph and "NCCL" in off["graph"]

@@ -32,7 +32,8 @@ def test_mix_frac_is_truncated(mix_frac, n_u):
     engine.nets.C.eval()
     with torch.no_grad():
         engine.nets.C.logits.bias[1] = 1e4
-        x_r, y_r = engine.method._real_for_d(DiscBatch(images, y, None, 1 - images))
+        b = DiscBatch(images, y, None, 1 - images)
+        x_r, y_r = engine.method._real_for_d(b, engine.nets.C(engine.method._x_ud(b)))
     assert torch.equal(x_r, torch.cat([images[:n_l], (1 - images)[:n_u]]))
     assert y_r.tolist() == [0] * n_l + [1] * n_u
 
