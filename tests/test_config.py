@@ -181,7 +181,8 @@ def test_unknown_keys(values: dict[str, Any], says: str) -> None:
     ("schedule.steps_per_epoch", "x", "an integer"), ("augment.flip", 1, "true or false"),
     ("augment.flip", "false", "true or false"), ("device", 0, "a text"), ("out", 5, "a text"),
     ("data.mean", [1, 2], "a list of 3 numbers"), ("gan.betas", "0.5", "a list of 2 numbers"),
-    ("rae.init", "gaus", "one of gauss, uniform; did you mean gauss?"), ("precision", None, "one of auto, bf16, tf32, fp32, fp64"),
+    ("rae.init", "gaus", "one of gauss, uniform; did you mean gauss?"),
+    ("precision", None, "one of auto, bf16, tf32, fp32, fp64"), ("engine", "fast", "one of auto, eager, compiled"),
 ])  # fmt: skip
 def test_wrong_types(key: str, value: Any, accepted: str) -> None:
     assert refused({key: value}) == f"{key}: {value!r} is not {accepted}"
