@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,7 +19,16 @@ MODES_OF_A_NETWORK = 32
 """How many graphs one function may have: train and eval, with and without gradients, frozen, by batch size."""
 
 
-why_not = info.why_not_compile
+@functools.cache
+def why_not(device_type: str) -> str | None:
+    """Why torch.compile cannot work on a device, found by a try, or None where it can."""
+    reason = info.why_not_compile()
+    if reason is None:
+        try:
+            torch.compile(torch.sin, fullgraph=True, options=OPTIONS)(torch.ones(8, device=device_type))
+        except Exception as error:  # of compilers, headers, drivers: whatever the toolchain lacks
+            reason = " ".join(str(error).split())[:200]
+    return reason
 
 
 def compile_networks(nets: Networks) -> None:

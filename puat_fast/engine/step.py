@@ -39,7 +39,7 @@ def fast_paths(config: Config, device: torch.device) -> tuple[FastConfig, dict[s
         none = dict.fromkeys((f.name for f in fields(FastConfig)), False)
         return FastConfig(**none | {"skip_weight_grads": True}), {}
     asked, off = config.fast, dict[str, str]()
-    if asked.compile and (reason := compiling.why_not()) is not None:
+    if asked.compile and (reason := compiling.why_not(device.type)) is not None:
         off["compile"] = reason
     if asked.graph and device.type != "cuda":
         off["graph"] = f"CUDA graphs are of GPUs, the device is {device.type}"

@@ -48,7 +48,8 @@ def evaluate_run(
     specs = [parse_attack(name) for name in attacks]
     metadata = checkpoint.read_metadata(checkpoint.classifier_file(path))
     C = checkpoint.load_classifier(path, resolve_device(device))
-    if resolve_engine(engine, next(C.parameters()).device) == "compiled" and compiling.why_not() is None:
+    used = next(C.parameters()).device
+    if resolve_engine(engine, used) == "compiled" and compiling.why_not(used.type) is None:
         C.fold_bn(True)
         compiling.compile_network(C)
     config_file = path / "config.yaml"
