@@ -16,6 +16,7 @@ from fast_cases import (
     Terms,
     assert_same_state,
     assert_same_terms,
+    batch_for,
     both_stages,
     compiled,
     new_engine,
@@ -23,6 +24,7 @@ from fast_cases import (
     with_device_scalars,
 )
 
+from puat_fast.engine.stats import NonFiniteError
 from puat_fast.engine.step import Engine, fast_paths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,3 +132,16 @@ def test_what_a_metrics_row_shows_is_numbers(path: str) -> None:
     assert all(isinstance(v, float) for v in vars(engine.last_scalars).values())
     for group in engine.optimizers["C"].param_groups:
         assert group["lr"] == engine.last_scalars.lr and group["ema_decay"] == engine.last_scalars.ema_decay
+
+
+@pytest.mark.parametrize("path", ["numbers", "tensors"])
+def test_a_term_that_is_not_finite_is_named_with_its_step(path: str) -> None:
+    engine = new_engine(compiled(whole_config()))
+    engine = engine if path == "numbers" else with_device_scalars(engine)
+    for i in range(4):
+        batch = batch_for(engine, i)
+        if i == 2:
+            batch.D[1].x_u.fill_(torch.nan)
+        engine.step(batch)
+    with pytest.raises(NonFiniteError, match="D/fake_c is not finite in phase D at step 3 of the stage"):
+        engine.stats.read()
