@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ OPTIONS: dict[str, Any] = {
     "force_layout_optimization": True,
 }
 MODES_OF_A_NETWORK = 32
-"""How many graphs one function may have: train and eval, with and without gradients, frozen, by batch size."""
+"""How many graphs one network may have: train and eval, with and without gradients, frozen, by batch size."""
+_engines = itertools.count(1)
 
 
 def why_not() -> str | None:
@@ -34,6 +36,8 @@ def compile_networks(nets: Networks) -> None:
     a second run of the same sizes starts at once.
     """
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, MODES_OF_A_NETWORK)
+    limit = MODES_OF_A_NETWORK * next(_engines)  # dynamo counts by function: those of all engines of the process
+    config.recompile_limit = max(config.recompile_limit, limit)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
     for _, net in nets.items():
         net.compiled = torch.compile(net._core, fullgraph=True, dynamic=False, options=OPTIONS)  # type: ignore[assignment,arg-type]
