@@ -181,7 +181,7 @@ class StrictRecorder:
     def record(self, run: Run, batch: StepBatch) -> tuple[Callable[[], None], Terms]:
         self.records += 1
         terms: Terms = {}
-        calls: list[list[tuple[str, Any]]] = []
+        calls, names = list[list[tuple[str, Any]]](), list[list[str]]()
         addresses = {name: t.data_ptr() for name, t in lasting(self.engine).items()}
 
         def step() -> None:
@@ -192,7 +192,9 @@ class StrictRecorder:
             self.replays += 1
             assert {name: t.data_ptr() for name, t in lasting(self.engine).items()} == addresses
             calls.append(traced(self.engine, step))
+            names.append(sorted(terms))
             assert_same_calls(calls[-1], calls[0])
+            assert names[-1] == names[0]
 
         return replay, terms
 

@@ -195,15 +195,15 @@ class Adder:
 
 def test_warm_up_steps_count_once() -> None:
     adder = Adder()
-    graphs, expected = StepGraphs(adder), torch.zeros(())
+    graphs, expected, first = StepGraphs(adder), torch.zeros(()), tiny_batch(seed=0)
     for i in range(6):
-        batch = tiny_batch(seed=i)
+        batch = tiny_batch(seed=i) if i else first
         expected += batch.C.x_l.sum()
         assert graphs("kind", batch, adder.run)["total"][0] == expected
     assert adder.log == ["aside"] * capture.WARMUP + ["record", "replay", "replay", "replay"]
     assert len(adder.batches) == 6 and len({id(b) for b in adder.batches}) == 1
-    for static, given in zip(tensors_of(adder.batches[0]), tensors_of(batch), strict=True):
-        assert torch.equal(static, given) and static.data_ptr() != given.data_ptr()  # type: ignore[union-attr,arg-type]
+    assert all(map(torch.equal, tensors_of(adder.batches[0]), tensors_of(batch)))  # type: ignore[arg-type]
+    assert all(map(torch.equal, tensors_of(first), tensors_of(tiny_batch(seed=0))))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -292,15 +292,17 @@ def assert_bitwise(ours: Engine, plain: Engine, steps: int, seed: int = 0) -> No
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_recordings_change_nothing(preset: str) -> None:
-    """Both stages, epochs that end, ramps: whatever changes the calls or the memory of a step has its own recording."""
-    plain, ours, recorder = pair(preset, pretrain={"gan_start": 2})
+    """Both stages, epochs that end, ramps: whatever changes the calls or the memory of a step has its own recording.
+
+    By epochs of two steps. Stage 1: twice the same, but official-v1 lets C' share the statistics of C from the second
+    on. Stage 2: D, G and C; A too; with adversarial terms; official-v1: A in eval mode.
+    """
+    plain, ours, recorder = pair(preset, schedule={"adv_start": 2, "adv_end": 3})
     assert_bitwise(ours, plain, 4)
     for engine in (plain, ours):
         engine.begin_stage2()
     assert_bitwise(ours, plain, 8, seed=10)
-    # C alone, with D and G | without and with adversarial terms; official-v1: A in eval mode, and C' shares the
-    # statistics of C after the first epoch of each stage
-    assert recorder.records == {"paper": 4, "official-v1": 5}[preset]
+    assert recorder.records == {"paper": 4, "official-v1": 6}[preset]
     assert recorder.aside_runs + recorder.replays == 12
     assert recorder.aside_runs == recorder.records
 
@@ -330,14 +332,14 @@ def test_the_static_batch_is_not_the_loaders() -> None:
 
 def test_loading_a_state_starts_anew() -> None:
     """The optimisers' states are other tensors then: the strict recorder would see it."""
-    plain, ours, recorder = pair("paper", stage=2)
+    plain, ours, recorder = pair("paper", stage=2, schedule={"adv_start": 0, "adv_end": 1})
     assert_bitwise(ours, plain, 3)
     state = copy.deepcopy(plain.state_dict())
     for engine in (plain, ours):
         engine.load_state_dict(copy.deepcopy(state))
     before = recorder.records
     assert_bitwise(ours, plain, 3, seed=5)
-    assert recorder.records == before + 1
+    assert before == 1 and recorder.records == 2
 
 
 @pytest.mark.parametrize("after_reports", [0, 3, 6, 14])
