@@ -73,13 +73,18 @@ def tiny_networks(config: Config, noise: RecordedNoise) -> Networks:
     return nets
 
 
-def tiny_engine(dtype: torch.dtype, draws: Mapping[str, list[np.ndarray]], **overrides: Any) -> Engine:
-    """An engine on the tiny networks, official-v1, in stage 2 at its first step."""
-    config = tiny_config(**overrides)
+def tiny_engine(
+    dtype: torch.dtype, draws: Mapping[str, list[np.ndarray]], engine: str = "eager", **overrides: Any
+) -> Engine:
+    """An engine on the tiny networks, official-v1, in stage 2 at its first step.
+
+    engine "compiled": with every exact short cut, less torch.compile itself.
+    """
+    config = tiny_config(engine=engine, fast={"compile": False}, **overrides)
     noise = RecordedNoise(draws, dtype=dtype)
-    engine = Engine(config, tiny_networks(config, noise), noise, steps_per_epoch=196)
-    engine.begin_stage2()
-    return engine
+    built = Engine(config, tiny_networks(config, noise), noise, steps_per_epoch=196)
+    built.begin_stage2()
+    return built
 
 
 def disc_batch(case: Mapping[str, np.ndarray], dtype: torch.dtype) -> DiscBatch:

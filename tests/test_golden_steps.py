@@ -1,14 +1,19 @@
-"""Golden files 04, 05, 06, 08, 09: one update of D, G, A and C; losses, gradients, weights and buffers after it."""
+"""Golden files 04, 05, 06, 08, 09: one update of D, G, A and C; losses, gradients, weights and buffers after it.
+
+By the eager engine, and by the short cuts of `engine: compiled`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import golden_cases
 import numpy as np
 import pytest
 import torch
-from golden_cases import arrays_of, close, disc_batch, semi_batch, tiny_engine
+from golden_cases import arrays_of, close, disc_batch, semi_batch
 
 from puat_fast.data.batch import DiscBatch, SemiBatch, StepBatch
 from puat_fast.engine.step import Engine
@@ -16,6 +21,12 @@ from puat_fast.methods import Scalars
 from puat_fast.testing import StepRecorder
 
 ADAM_LR, SGD_LR = 1e-4, 0.05
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def tiny_engine(request: Any) -> Callable[..., Engine]:
+    """golden_cases.tiny_engine, of either engine."""
+    return partial(golden_cases.tiny_engine, engine=request.param)
 
 
 def run_phase(engine: Engine, net: str, batch: StepBatch, **scalars: float) -> dict[str, float]:
@@ -57,7 +68,7 @@ def assert_grads(engine: Engine, net: str, case: Mapping[str, np.ndarray], dtype
         close(grads[name], array, dtype, rtol32=1e-2, atol32=1e-3 * scale + 1e-7)
 
 
-def test_discriminator_step(golden, dtype):
+def test_discriminator_step(tiny_engine, golden, dtype):
     g = golden["04_disc_step"]
     engine = tiny_engine(dtype, {"z": [g["z"]]})
     b = disc_batch(g, dtype)
@@ -83,7 +94,7 @@ def labels_only(g: Mapping[str, np.ndarray], dtype: torch.dtype) -> StepBatch:
     return StepBatch(D=[DiscBatch(x_l=empty, y_l=y, x_u=None, x_ud=None)], C=SemiBatch(x_l=empty, y_l=y, x_u=None))
 
 
-def test_generator_step(golden, dtype):
+def test_generator_step(tiny_engine, golden, dtype):
     g = golden["05_gen_step"]
     engine = tiny_engine(dtype, {"z": [g["z"]]})
     terms = run_phase(engine, "G", labels_only(g, dtype))
@@ -92,7 +103,7 @@ def test_generator_step(golden, dtype):
     assert_after(engine, "G", g, "G_after.", dtype, ADAM_LR)
 
 
-def test_attacker_step(golden, dtype):
+def test_attacker_step(tiny_engine, golden, dtype):
     g = golden["06_att_step"]
     engine = tiny_engine(dtype, {"z": [g["z"]]})
     terms = run_phase(engine, "A", labels_only(g, dtype))
@@ -102,7 +113,7 @@ def test_attacker_step(golden, dtype):
     assert_after(engine, "G", g, "G_after.", dtype, 1e-5)
 
 
-def test_uae(golden, dtype):
+def test_uae(tiny_engine, golden, dtype):
     g = golden["06_att_step"]
     engine = tiny_engine(dtype, {})
     z, y = torch.from_numpy(g["z"]).to(dtype), torch.from_numpy(g["y_l"])
@@ -115,7 +126,7 @@ def test_uae(golden, dtype):
     close(x_uae, g["x_uae"], dtype, atol32=1e-5)
 
 
-def test_classifier_step(golden, dtype):
+def test_classifier_step(tiny_engine, golden, dtype):
     g = golden["08_cls_step_adv"]
     engine = tiny_engine(dtype, {"z": [g["z"]], "rae": [g["noise"]]})
     with torch.no_grad():
@@ -136,14 +147,14 @@ def test_classifier_step(golden, dtype):
         assert_after(engine, net, g, f"{net}_after.", dtype, 1e-5)
 
 
-def test_additive_rae_weight_is_a_tenth_of_it(golden):
+def test_additive_rae_weight_is_a_tenth_of_it(tiny_engine, golden):
     g, dtype = golden["08_cls_step_adv"], torch.float64
     engine = tiny_engine(dtype, {"z": [g["z"]], "rae": [g["noise"]]}, loss={"rae_weight_mode": "additive"})
     terms = run_phase(engine, "C", step_batch(g, dtype))
     close(terms["C/rae"], g["c_rae"] / 10, dtype)
 
 
-def test_classifier_pretraining_step(golden, dtype):
+def test_classifier_pretraining_step(tiny_engine, golden, dtype):
     g = golden["09_cls_step_pre"]
     engine = tiny_engine(dtype, {})
     with torch.no_grad():
@@ -163,7 +174,7 @@ def test_classifier_pretraining_step(golden, dtype):
     assert "C/rae" not in terms and "C/uae" not in terms
 
 
-def test_gradients_of_others_stay_none(golden):
+def test_gradients_of_others_stay_none(tiny_engine, golden):
     """A phase computes no gradient that nobody reads."""
     g, dtype = golden["06_att_step"], torch.float32
     engine = tiny_engine(dtype, {"z": [g["z"]]})

@@ -93,10 +93,19 @@ class CudaRecorder:
     def record(self, run: Run, batch: StepBatch) -> tuple[Callable[[], None], Terms]:
         """Capture the step."""
         graph = torch.cuda.CUDAGraph()
+        # A capture that fails leaves its generators in capture: the next draw would raise "Offset increment outside
+        # graph capture". The one that torch captures by itself is nobody's here, but of the same process.
+        generators = [self.generator, torch.cuda.default_generators[self.stream.device.index]]
+        before = [generator.clone_state() for generator in generators]
         graph.register_generator_state(self.generator)
-        # thread_local: what other threads do meanwhile, a loader's copies for one, is none of the capture's business
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            terms = run(batch)
+        try:
+            # thread_local: what other threads do meanwhile, as a loader's copies, is none of the capture's business
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                terms = run(batch)
+        except BaseException:
+            for generator, state in zip(generators, before, strict=True):
+                generator.graphsafe_set_state(state)
+            raise
         return graph.replay, terms
 
 

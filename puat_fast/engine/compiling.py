@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ OPTIONS: dict[str, Any] = {
     "force_layout_optimization": True,
 }
 MODES_OF_A_NETWORK = 32
-"""How many graphs one function may have: train and eval, with and without gradients, frozen, by batch size."""
+"""How many graphs one network may have: train and eval, with and without gradients, frozen, by batch size."""
+_networks = itertools.count(1)  # that were compiled so far
 
 
 @functools.cache
@@ -44,5 +46,7 @@ def compile_networks(nets: Networks) -> None:
 def compile_network(net: Compiled) -> None:
     """One network's core: see `compile_networks`."""
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, MODES_OF_A_NETWORK)
+    limit = MODES_OF_A_NETWORK * next(_networks)  # dynamo counts by function: all networks of the process together
+    config.recompile_limit = max(config.recompile_limit, limit)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
     net.compiled = torch.compile(net._core, fullgraph=True, dynamic=False, options=OPTIONS)
