@@ -1,4 +1,4 @@
-"""The command line: `puat-fast train | eval | generate | info`.
+"""The command line: `puat-fast train | eval | generate | bench | info`.
 
 torch is imported by what needs it, after all options are known to be good.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from puat_fast import __version__, files, info
+from puat_fast import __version__, bench, files, info
 from puat_fast.config import Config, ConfigError, option_types
 from puat_fast.evaluation.names import ACCEPTED, AttackSpec, parse_attacks
 from puat_fast.options import ConfigParser, parse_options
@@ -133,8 +133,13 @@ def _run_verb(argv: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=f"puat-fast {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, title="verbs")
     verbs.add_parser("train", help=TRAIN)
-    for add in (_add_eval, _add_generate, _add_info):
+    for add in (_add_eval, _add_generate, _add_bench, _add_info):
         add(verbs)
+    if argv[:1] == ["bench"]:
+        given = [token for token in argv[1:] if token != "--debug"]
+        if given and not given[0].startswith("-"):
+            bench.run(given[0], given[1:])  # the options are the script's own
+            return 0
     if argv and argv[0] in verbs.choices:
         argv = [argv[0], *_spelled(argv[1:], verbs.choices[argv[0]])]
     options = parser.parse_args(argv)
@@ -303,6 +308,14 @@ def _generate(options: argparse.Namespace) -> int:
     generate_run(options.path, options.grid, options.per_class, options.seed, options.device)
     print(options.grid)
     return 0
+
+
+def _add_bench(verbs: Any) -> None:
+    text = "measure how fast this machine is at what training does"
+    parser = _add_verb(verbs, "bench", _info, text, "NAME [options of NAME]", bench.HELP)
+    names = parser.add_subparsers(metavar="NAME", required=True, title="names")  # for the help: see _run_verb
+    for name, what in bench.SCRIPTS.items():
+        names.add_parser(name, help=what)
 
 
 def _add_info(verbs: Any) -> None:
