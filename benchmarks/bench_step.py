@@ -56,9 +56,9 @@ class Bench:
             "official code, verbatim and eager: with and without torch.cuda.empty_cache(); on a GPU its convolutions "
             "work in TF32, torch's default. The speed-up of `official-v1` compares equal computations; `paper` saves a "
             "forward of C and the class loop.",
-            "first_loss_diff, max_loss_diff: largest relative difference of any loss to the preset's eager fp32 engine, "
-            "in the first step from equal weights and draws, and in all first steps; the official code tells one D loss "
-            "a step.",
+            "first_loss_diff, max_loss_diff: largest relative difference of any loss to the preset's eager fp32 engine "
+            "in the first step from equal weights and draws, and in all first steps; of the official code one D loss a "
+            "step.",
             "Phases of a captured step cannot be seen from outside: `graph off` is the same engine, not captured.",
             "TFLOP: convolutions and matrix products, 2 per multiply-add, counted on the meta device (flops.py). "
             "executed: what this engine runs; necessary: with every exact short cut (performance.md 1.1), which is "
@@ -218,19 +218,20 @@ def main() -> None:
         bench.engine(preset, "eager", asked)
         if args.plain_ops:
             bench.engine(preset, "eager", asked, plain=True)
-    for preset in args.preset if args.engine else []:
-        bench.reference(preset)
     for preset, asked in ours if "compiled" in args.engine else []:
         if bench.subjects:
             bench.measure(1, 0)  # compiling may outlast a time limit: the rows so far, in one round
         bench.engine(preset, "compiled", asked)
+    for preset in args.preset if args.engine else []:
+        bench.reference(preset)
     bench.measure(args.rounds, args.warmup)
-    print("\n".join(timing.table(step_report.tables(bench.rows)["Steps"])), flush=True)
     bench.profile()
     for subject in [s for s in bench.subjects if isinstance(s, EngineSubject) and s.kind == "compiled"]:
         if subject.clock is None or bench.device.type == "cpu":  # not those that are there for their phases
             for short_cut in args.leave_one_out:
                 bench.leave_out(subject, short_cut)
+    for title, rows in step_report.tables([*bench.rows, *bench.left_out]).items():
+        print(f"\n{title}\n\n" + "\n".join(timing.table(rows)), flush=True)
 
 
 if __name__ == "__main__":

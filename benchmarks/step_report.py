@@ -1,4 +1,4 @@
-"""What bench_step.py writes: a row per subject with all that is known, three tables that choose from it, and a chart."""
+"""What bench_step.py writes: a row per subject with all that is known, tables that choose from it, and a chart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What bench_step.py times: the official code's step, and our engines' at a preset, a precision and a set of short cuts.
+"""What bench_step.py times: the official code's step, and our engines' by preset, precision and short cuts.
 
 All subjects of a preset start from equal weights and draws and see the same batches, so that their losses can be
 compared before the clock starts.
@@ -294,10 +294,9 @@ def max_loss_diff(ours: Losses, reference: Losses) -> float | None:
 
     Of a D update whose value one of them does not tell, the last ones are compared.
     """
-    worst = 0.0
+    diffs = [0.0]
     for a_step, b_step in zip(ours, reference, strict=False):
         for name in a_step.keys() & b_step.keys():
             for a, b in zip(reversed(a_step[name]), reversed(b_step[name]), strict=False):
-                diff = abs(a - b) / max(abs(b), SMALL_LOSS)
-                worst = diff if not diff <= worst else worst  # so that NaN stays
-    return worst if math.isfinite(worst) else None
+                diffs.append(abs(a - b) / max(abs(b), SMALL_LOSS))
+    return max(diffs) if all(map(math.isfinite, diffs)) else None

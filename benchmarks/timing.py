@@ -171,7 +171,8 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 def _commit() -> tuple[str | None, bool | None]:
     """Commit and whether the tree differs from it; a copied tree without .git names it by GIT_SHA."""
-    sha = _output("git", "rev-parse", "HEAD")
+    tracked = _output("git", "ls-files", "--error-unmatch", Path(__file__).name)  # not installed somewhere below a tree
+    sha = None if tracked is None else _output("git", "rev-parse", "HEAD")
     if sha is None:
         return os.environ.get("GIT_SHA"), None
     return sha, bool(_output("git", "status", "--porcelain", "--untracked-files=no"))

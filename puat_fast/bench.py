@@ -14,7 +14,11 @@ SCRIPTS = {
     "ops": "every fused op against plain torch and torch.compile",
     "conv": "the networks' convolutions as they are run: TFLOP/s by shape, direction and precision",
 }
-HELP = """\
+_NAMES = "\n".join(f"  {name:6}{what}" for name, what in SCRIPTS.items())
+HELP = f"""\
+names:
+{_NAMES}
+
 The options of each are told by `puat-fast bench NAME --help`, with the keys of the JSON that --json FILE writes.
 All take --device, --tiny, --rounds, --warmup, --threads, --out, --name and --json."""
 

@@ -135,12 +135,7 @@ def _run_verb(argv: Sequence[str]) -> int:
     verbs.add_parser("train", help=TRAIN)
     for add in (_add_eval, _add_generate, _add_bench, _add_info):
         add(verbs)
-    if argv[:1] == ["bench"]:
-        given = [token for token in argv[1:] if token != "--debug"]
-        if given and not given[0].startswith("-"):
-            bench.run(given[0], given[1:])  # the options are the script's own
-            return 0
-    if argv and argv[0] in verbs.choices:
+    if argv and argv[0] in verbs.choices and argv[0] != "bench":  # whose options are its scripts'
         argv = [argv[0], *_spelled(argv[1:], verbs.choices[argv[0]])]
     options = parser.parse_args(argv)
     code: int = options.run(options)
@@ -312,10 +307,14 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _add_bench(verbs: Any) -> None:
     text = "measure how fast this machine is at what training does"
-    parser = _add_verb(verbs, "bench", _info, text, "NAME [options of NAME]", bench.HELP)
-    names = parser.add_subparsers(metavar="NAME", required=True, title="names")  # for the help: see _run_verb
-    for name, what in bench.SCRIPTS.items():
-        names.add_parser(name, help=what)
+    parser = _add_verb(verbs, "bench", _bench, text, "NAME [options of NAME]", bench.HELP)
+    parser.add_argument("name", metavar="NAME", help=f"{', '.join(bench.SCRIPTS)}: see below")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="those of NAME")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    bench.run(options.name, [option for option in options.options if option != "--debug"])
+    return 0
 
 
 def _add_info(verbs: Any) -> None:
