@@ -226,11 +226,11 @@ def main() -> None:
         bench.reference(preset)
     bench.measure(args.rounds, args.warmup)
     bench.profile()
-    for subject in [s for s in bench.subjects if isinstance(s, EngineSubject) and s.kind == "compiled"]:
-        if subject.clock is None or bench.device.type == "cpu":  # not those that are there for their phases
+    for subject in list(bench.subjects):
+        if isinstance(subject, EngineSubject) and subject.kind == "compiled" and not subject.is_twin:
             for short_cut in args.leave_one_out:
                 bench.leave_out(subject, short_cut)
-    for title, rows in step_report.tables([*bench.rows, *bench.left_out]).items():
+    for title, rows in reversed(step_report.tables([*bench.rows, *bench.left_out]).items()):  # the answer comes last
         print(f"\n{title}\n\n" + "\n".join(timing.table(rows)), flush=True)
 
 

@@ -148,7 +148,9 @@ class BaselineSubject(Subject):
         super().__init__(f"official code, {name}", config, batches, device)
         self.kind, self.precision = name, "tf32" if device.type == "cuda" else "fp32"
         noise = Noise(config.seed, device)
-        self.baseline = eager_baseline.Baseline(config, make_engine(config, device).nets, noise, name)
+        nets = Networks.build(config, flops.NUM_CLASSES[config.dataset], noise)
+        self.baseline = eager_baseline.Baseline(config, nets, noise, name)
+        del nets  # it has its own
         self.schedule = flops.meta_engine(config)  # for its scalars: those that our engines see
         self.begin(2)  # the second has the optimisers' state
 
@@ -166,6 +168,7 @@ class EngineSubject(Subject):
     """One of our engines. plain: with the ops' plain-torch references; off: the short cut that it does without."""
 
     clock: PhaseClock | None = None
+    is_twin = False  # of a captured subject
 
     def __init__(
         self,
@@ -193,6 +196,7 @@ class EngineSubject(Subject):
     def without_graph(self) -> EngineSubject:
         """The same engine, steps not captured: a captured step's phases cannot be seen from outside."""
         twin = copy.copy(self)
+        twin.is_twin = True
         twin.name, twin.captured, twin.clock = f"{self.name}, graph off", False, PhaseClock(self.engine, self.device)
         twin.losses, twin.first_seconds, twin.peak_mib, twin.graphs = [], None, None, {}
         return twin

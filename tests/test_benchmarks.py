@@ -20,6 +20,7 @@ from tiny_cases import tiny_batch, tiny_config, tiny_engine
 
 from puat_fast.config import Config, FastConfig
 from puat_fast.data import DataError, StepBatch, load_dataset
+from puat_fast.engine.capture import DeviceScalars, StepGraphs
 from puat_fast.engine.step import Engine
 from puat_fast.noise import Noise
 from puat_fast.testing import step_terms
@@ -191,6 +192,56 @@ def test_phases_are_timed_only_inside_the_clock(helpers):
     clock.steps[-1] = [("start", 1.0), ("D", 2.0), ("D", 4.0), ("G", 4.5), ("rest", 4.75)]
     assert clock.medians(1) == {"D": 3e3, "G": 500, "rest": 250}
     assert len(clock.steps) == 2
+
+
+class RunsAgain:
+    """A recorder for the CPU: a recording that runs the step."""
+
+    def __init__(self) -> None:
+        self.replayed = 0
+
+    def aside(self, run: Any, batch: StepBatch) -> Any:
+        return run(batch)
+
+    def record(self, run: Any, batch: StepBatch) -> Any:
+        terms: dict[str, Any] = {}
+
+        def replay() -> None:
+            self.replayed += 1
+            terms.update(run(batch))
+
+        return replay, terms
+
+
+def test_a_captured_step_is_timed_whole_and_its_twin_by_phases(helpers, monkeypatch):
+    subjects, args = helpers("step_subjects"), helpers("argparse").Namespace
+    sizes = {"depth": 10, "width": 1, "gan_width": 8, "batch_size": 4}
+    namespace = args(**sizes, no_compile=True, dataset="digits", data_dir=None)
+    config, device = subjects.make_config(namespace, "paper", "compiled"), torch.device("cpu")
+    recorder, make_engine = RunsAgain(), subjects.make_engine
+
+    def captured_engine(config: Config, device: torch.device) -> Engine:
+        engine = make_engine(config, device)
+        engine.device_scalars = DeviceScalars(device, torch.float32)
+        engine.graphs = StepGraphs(recorder)
+        return engine
+
+    batches = subjects.make_batches(config, device)
+    eager = subjects.EngineSubject("eager", subjects.make_config(namespace, "paper", "eager"), batches, device)
+    monkeypatch.setattr(subjects, "make_engine", captured_engine)
+    subject = subjects.EngineSubject("captured", config, batches, device)
+    assert recorder.replayed == 1 and subject.captured and len(subject.losses) == 4  # the last first step
+    assert 0 < subjects.max_loss_diff(subject.losses, eager.losses) < 1e-2
+    twin = subject.without_graph()
+    twin.step()
+    assert recorder.replayed == 1 and twin.phases(1).keys() == {"D", "G", "A", "C", "rest"}
+    twin.settle()
+    assert len(twin.clock.steps) == 1
+    subject.step()
+    assert recorder.replayed == 2 and subject.phases(1) == {} and twin.losses == [] and len(subject.losses) == 4
+    subject.engine.step_in_stage = helpers("flops").STEPS_PER_EPOCH - 1
+    subject.step()
+    assert subject.engine.epoch == 1  # the schedules stand still there: a new epoch may bring another kind of step
 
 
 @pytest.mark.parametrize("argv, says", [
