@@ -197,9 +197,12 @@ def arguments() -> argparse.Namespace:
     args.leave_one_out = () if left_out is None else left_out or SHORT_CUTS
     if args.leave_one_out and "compiled" not in args.engine:
         p.error("--leave-one-out: leaves short cuts out of --engine compiled, which is not asked for")
+    if not (args.baseline or args.engine):
+        p.error("--baseline, --engine: nothing to time")
     try:
-        # auto and what it stands for are one
-        args.precision = list({precision.name(name, args.device): name for name in args.precision}.values())
+        # auto and what it stands for are one: the first that was named
+        named = reversed(args.precision)
+        args.precision = list({precision.name(name, args.device): name for name in named}.values())[::-1]
         make_config(args, args.preset[0], "eager")
     except ConfigError as error:
         p.error(str(error))

@@ -136,8 +136,7 @@ def chart(path: Path, rows: Sequence[Row], title: str) -> None:
                   ("speedup_over_eager", "speedup_over_verbatim") if row.get(key)]  # fmt: skip
         label = f"{row['median_ms']:.4g} ms" + (f"  ({', '.join(faster)})" if faster else "")
         axes.text(left + 0.01 * longest, y, label, va="center", fontsize=8)
-    names = [f"{row['subject']}, {row['precision']}" + (f", no {row['off']}" if row.get("off") else "") for row in rows]
-    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.set_yticks(range(len(rows)), [f"{row['subject']}, {row['precision']}" for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.45 * longest)
     axes.set_xlabel("ms per step, median")

@@ -97,7 +97,7 @@ def test_op_table(tmp_path):
 
 def test_step_table(tmp_path):
     copy = tmp_path / "copy.json"
-    options = ("--engine", "compiled", "--precision", "fp32", "auto", "bf16", "--profile")
+    options = ("--engine", "compiled", "--precision", "auto", "fp32", "bf16", "--profile")
     result = script("step", tmp_path, "--preset", "official-v1", "--no-compile", *options, "--json", str(copy))
     assert json.loads(copy.read_text(encoding="utf-8")) == result
     baseline, ours, bf16 = result["rows"]  # fp32 is what auto is on a CPU: once
@@ -247,6 +247,7 @@ def test_a_captured_step_is_timed_whole_and_its_twin_by_phases(helpers, monkeypa
 @pytest.mark.parametrize("argv, says", [
     (["step", "--depth", "11"], "classifier.depth: 11 is not accepted"),
     (["step", "--precision", "tf32"], "precision: tf32 is of GPUs"),
+    (["step", "--baseline", "--engine"], "nothing to time"),
     (["step", "--leave-one-out", "--engine", "eager"], "--engine compiled, which is not asked for"),
     (["step", "--leave-one-out", "graph"], "invalid choice: 'graph'"), (["ops", "--device", "xpu1x"], "is not one of"),
     (["conv", "--json", "/no/such/folder/x.json"], "--json: /no/such/folder/x.json cannot be written"),
