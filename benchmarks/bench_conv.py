@@ -16,6 +16,11 @@ import profiling
 import timing
 import torch
 
+KEYS = """\
+shape, batch, precision, direction
+tflops              2 per multiply-add, over the median
+matmul_tflops       of the matmul interleaved with the row; percent_of_matmul: tflops over it
+kernel              the longest one, kernel_share: its part of the call's kernel time; kernels: how many ran"""
 DIRECTIONS = ("fprop", "dgrad", "wgrad")
 
 
@@ -118,7 +123,7 @@ def best(rows: list[timing.Row]) -> list[timing.Row]:
 
 
 def main() -> None:
-    parser = timing.parser(__doc__, "conv", rounds=20, warmup=5)
+    parser = timing.parser(__doc__, "conv", rounds=20, warmup=5, keys=KEYS)
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 512, 768])
     parser.add_argument("--no-cudnn-benchmark", action="store_true", help="cuDNN's heuristic picks, not its trials")
     args = timing.parse(parser)
@@ -137,7 +142,7 @@ def main() -> None:
             rows += bench(shape, batch, args)
             if shape is shapes[0]:  # once per batch size: asking the driver takes a while
                 env = timing.environment(args.device)
-            timing.write_results(args.out, args.name, rows, env, notes=notes)
+            timing.write_results(args.out, args.name, rows, env, notes=notes, copy=args.json)
         print(f"batch {batch}: {len(rows)} rows", file=sys.stderr, flush=True)
     print("\n".join(timing.table(best(rows))))
 

@@ -18,6 +18,12 @@ import timing
 import torch
 from op_cases import Case, runnable, tensors
 
+KEYS = """\
+op, what, shape, dtype, layout, candidate
+gb_per_s            the fewest bytes that the op must move, over the median; of which a large copy and one of as many
+                    bytes make percent_of_large_copy, percent_of_same_size_copy
+max_abs_diff        largest difference to the reference's results
+verdict             of ours, against the faster of reference and compiled"""
 RIVALS = ("reference", "compiled")
 OPS = sorted(path.stem for path in (Path(__file__).parent / "op_cases").glob("[!_]*.py"))
 
@@ -90,8 +96,14 @@ def verdict(times: dict[str, timing.Times], suffix: str) -> str | None:
     return f"WINS {ratio:.2f}x over {name}" if ratio > 1 else f"LOSES to {name}: {1 / ratio:.2f}x its time"
 
 
+def write(args: argparse.Namespace, rows: list[timing.Row], notes: list[str], summary: timing.Row) -> None:
+    """What there is so far."""
+    env = timing.environment(args.device)
+    timing.write_results(args.out, args.name, rows, env, notes=notes, summary=summary, copy=args.json)
+
+
 def main() -> None:
-    parser = timing.parser(__doc__, "ops", rounds=100, warmup=10)
+    parser = timing.parser(__doc__, "ops", rounds=100, warmup=10, keys=KEYS)
     parser.add_argument("--op", choices=OPS, nargs="+", default=OPS)
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--no-graph", action="store_true", help="GPU: leave out the captured graphs")
@@ -116,12 +128,11 @@ def main() -> None:
         module = importlib.import_module(f"op_cases.{op}")
         if device.type == "cpu" and hasattr(module, "NO_CPU_KERNEL"):
             notes.append(f"{op}: the reference serves the CPU: {module.NO_CPU_KERNEL}")
-            timing.write_results(args.out, args.name, rows, timing.environment(device), notes=notes, summary=summary)
+            write(args, rows, notes, summary)
             continue
         for case in module.cases(size, device):
             rows += bench(case, args, copy_rate)
-            env = timing.environment(device)
-            timing.write_results(args.out, args.name, rows, env, notes=notes, summary=summary)
+            write(args, rows, notes, summary)
             print(f"{op} {case.what} {case.shape} {case.dtype} {case.layout}", file=sys.stderr, flush=True)
     short = ("op", "what", "shape", "dtype", "layout", "candidate", "median_ms", "gb_per_s", "verdict")
     print("\n".join(timing.table([{key: row[key] for key in short} for row in rows if row["verdict"]])))

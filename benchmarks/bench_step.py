@@ -1,285 +1,240 @@
 """The PUAT step: the official code's (eager_baseline.py) and ours, ms per step and phase, images/s, memory, TFLOP/s.
 
-All are interleaved step by step in one process, on synthetic images that lie on the device; loading is outside the
-clock. `verbatim` is the official step as published, `eager` the same without torch.cuda.empty_cache() (on a CPU the two
-are one, and only `eager` is run); `paper` and `official-v1` are presets of our eager engine. The compiled and captured
-step is not here yet. The speed-up to quote is that of `official-v1`, which computes what the baselines compute.
+All are interleaved step by step in one process, on resident images; loading is outside the clock. `verbatim` is the
+official step as published, `eager` the same without torch.cuda.empty_cache() (on a CPU the two are one, and only
+`eager` is run). Ours: `eager` and `compiled` at each preset. The speed-up to quote is that of `official-v1`, which
+computes what the baselines compute. --leave-one-out times the compiled engine once more without each of its short cuts.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
-import resource
 import sys
-import time
-from contextlib import nullcontext
+from dataclasses import fields
 from typing import Any
 
 import ceilings
 import eager_baseline
 import flops
-import numpy as np
 import profiling
+import step_report
 import timing
 import torch
+from step_subjects import BaselineSubject, EngineSubject, Losses, Subject, make_batches, make_config
 
-from puat_fast.config import Config
-from puat_fast.data.batch import StepBatch
-from puat_fast.data.loaders.resident import ResidentLoader
-from puat_fast.data.sampler import SemiSupervisedSampler
-from puat_fast.engine.stats import NonFiniteError
-from puat_fast.engine.step import Engine
-from puat_fast.methods import Phase
-from puat_fast.networks import Networks
-from puat_fast.noise import Noise
-from puat_fast.ops import reference_only
+from puat_fast.config import ConfigError, FastConfig
+from puat_fast.engine import precision
 
-PRESETS = ("paper", "official-v1")
-PHASES = ("D", "G", "A", "C", "rest")
-STEPS_PER_EPOCH = 196  # of CIFAR: what the schedules see
+PRESETS = ("official-v1", "paper")
+SHORT_CUTS = tuple(f.name for f in fields(FastConfig) if f.name != "graph")  # without it: the rows "graph off"
+GRAPHS = 4096
+"""Graphs that one function may have here, in all engines together; torch's own limit is for one engine."""
 
 
-class PhaseClock:
-    """Times of the phases of every step of an engine, taken from outside: it replaces `engine._update`.
+class Bench:
+    """The subjects so far, timed together, and the files that tell of them."""
 
-    The teacher follows in C's; `rest` is what comes after the last update. On a GPU the marks are CUDA events, read
-    at the end.
-    """
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device = args, args.device
+        config = make_config(args, args.preset[0], "eager")
+        self.batches = make_batches(config, self.device)
+        self.product, self.product_flops, product_name = ceilings.matmul(self.device, args.tiny)
+        self.subjects: list[Subject] = []
+        self.references: dict[str, Losses] = {}  # by preset: of our eager fp32 engine
+        self.rows: list[timing.Row] = []
+        self.left_out: list[timing.Row] = []
+        C, B = config.classifier, config.schedule.batch_size
+        self.sizes = (
+            f"C = WRN-{C.depth}-{C.width}, G and D {config.gan.width} wide, batch {B} labelled + {B} unlabelled, "
+            f"{config.dataset}"
+        )
+        random = config.dataset != "digits" and config.data_dir is None
+        self.notes = [
+            f"{self.sizes}{', random images' if random else ''}; resident images, loading outside the clock.",
+            "official code, verbatim and eager: with and without torch.cuda.empty_cache(); on a GPU its convolutions "
+            "work in TF32, torch's default. The speed-up of `official-v1` compares equal computations; `paper` saves a "
+            "forward of C and the class loop.",
+            "first_loss_diff, max_loss_diff: largest relative difference of any loss to the preset's eager fp32 engine "
+            "in the first step from equal weights and draws, and in all first steps; of the official code one D loss a "
+            "step.",
+            "Phases of a captured step cannot be seen from outside: `graph off` is the same engine, not captured.",
+            "TFLOP: convolutions and matrix products, 2 per multiply-add, counted on the meta device (flops.py). "
+            "executed: what this engine runs; necessary: with every exact short cut (performance.md 1.1), which is "
+            f"what tflop_per_s counts; percent_of_matmul: of that of {product_name}, interleaved with the steps.",
+            "peak_mib: GPU, allocated by this subject; CPU, resident set of the process so far. launches: GPU, kernels "
+            "of a step; CPU, operators. compile_s: the first steps less as many steady ones.",
+        ]
 
-    def __init__(self, engine: Engine, device: torch.device) -> None:
-        self.engine, self.on_gpu = engine, device.type == "cuda"
-        self.steps: list[list[tuple[str, Any]]] = []
-        self._update = engine._update
-        engine._update = self._timed_update  # type: ignore[method-assign]
+    # -- subjects ---------------------------------------------------------------------------------------------------
 
-    def step(self, batch: StepBatch) -> None:
-        """One step of the engine."""
-        self.steps.append([("start", self._now())])
-        self.engine.step(batch)
-        self._mark("rest")
+    def baselines(self) -> None:
+        """The official code's steps."""
+        for name in self.args.baseline:
+            self._add(BaselineSubject(name, make_config(self.args, "official-v1", "eager"), self.batches, self.device))
 
-    def _timed_update(self, phase: Phase, *args: Any) -> None:
-        self._update(phase, *args)
-        self._mark(phase.net)
+    def engine(self, preset: str, kind: str, asked: str, plain: bool = False) -> None:
+        """One of our engines; where its steps are captured, also as it is without."""
+        label = f"{preset} {kind}" + (f" {asked}" if len(self.args.precision) > 1 else "") + ", plain ops" * plain
+        config = make_config(self.args, preset, kind, asked)
+        subject = EngineSubject(label, config, self.batches, self.device, plain=plain)
+        self._add(subject)
+        if subject.captured:
+            self._add(subject.without_graph())
 
-    def _mark(self, name: str) -> None:
-        self.steps[-1].append((name, self._now()))
+    def _add(self, subject: Subject) -> None:
+        self.subjects.append(subject)
+        print(f"ready: {subject.name}", file=sys.stderr, flush=True)
 
-    def _now(self) -> Any:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def reference(self, preset: str) -> None:
+        """The losses that the preset's others are held against: a subject's, or those of an engine made for it."""
+        config = make_config(self.args, preset, "eager", "fp32")
+        for s in self.subjects:
+            if isinstance(s, EngineSubject) and (s.config.preset, s.kind, s.precision) == (preset, "eager", "fp32"):
+                self.references[preset] = s.losses
+                return
+        self.references[preset] = EngineSubject("reference", config, self.batches, self.device).losses
+        self._forget()
 
-    def times(self, last: int) -> dict[str, timing.Times]:
-        """Milliseconds per phase (the D updates of a step together), over the last steps."""
-        samples: dict[str, list[float]] = {}
-        for marks in self.steps[-last:]:
-            spent: dict[str, float] = {}
-            for (_, a), (name, b) in itertools.pairwise(marks):
-                spent[name] = spent.get(name, 0.0) + (a.elapsed_time(b) if self.on_gpu else (b - a) * 1e3)
-            for name, ms in spent.items():
-                samples.setdefault(name, []).append(ms)
-        return {name: timing.Times.of(samples[name]) for name in PHASES if name in samples}
+    def _forget(self) -> None:
+        """Give back the memory of subjects that are gone."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
+    # -- measuring --------------------------------------------------------------------------------------------------
 
-def make_config(preset: str, args: argparse.Namespace) -> Config:
-    """The preset at the sizes of the command line."""
-    return Config.preset(
-        preset,
-        dataset=args.dataset,
-        classifier={"depth": args.depth, "width": args.width},
-        gan={"width": args.gan_width},
-        schedule={"batch_size": args.batch_size},
-    )
+    def measure(self, rounds: int, warmup: int) -> None:
+        """Time all subjects, interleaved, and write what is known."""
+        times, ceiling = self._times(self.subjects, rounds, warmup)
+        self.rows = [step_report.row(s, times, ceiling, self.references, rounds) for s in self.subjects]
+        self.write()
 
+    def _times(self, subjects: list[Subject], rounds: int, warmup: int) -> tuple[dict[str, timing.Times], float]:
+        """(times by name, TFLOP/s of the matmul in the same rounds)."""
+        fns = {s.name: s.step for s in subjects} | {"matmul": self.product}
+        before: dict[str, timing.Fn] = {}
+        if self.device.type == "cuda" and any(s.kind == "verbatim" for s in subjects):
+            # It empties the allocator's cache: of all that the others keep there, before its clock, and they have
+            # theirs again, before their clocks. A captured step has memory of its own.
+            before = {s.name: s.settle for s in subjects if not s.captured}
+            before |= {s.name: torch.cuda.empty_cache for s in subjects if s.kind == "verbatim"}
+        times = timing.measure(fns, rounds, warmup, self.device, before=before)
+        return times, self.product_flops / times["matmul"].median / 1e9
 
-def make_batches(config: Config, device: torch.device, count: int = 2) -> list[StepBatch]:
-    """StepBatches of random images, gathered by the resident loader."""
-    n, rng = max(512, 2 * config.schedule.batch_size), np.random.default_rng(0)
-    labels = rng.integers(0, flops.NUM_CLASSES[config.dataset], n)
-    images = rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
-    sampler = SemiSupervisedSampler(np.arange(n // 2), np.arange(n // 2, n), config.schedule.batch_size, seed=0)
-    loader = ResidentLoader(images, labels, sampler, device)
-    return [loader.next_step(config.schedule.n_disc) for _ in range(count)]
+    def leave_out(self, full: EngineSubject, short_cut: str) -> None:
+        """The engine without one short cut, interleaved with the full one, and then forgotten."""
+        c = full.config
+        config = make_config(self.args, c.preset, c.engine, c.precision, off=short_cut)
+        name = f"{full.name}, no {short_cut}"
+        subject = EngineSubject(name, config, self.batches, self.device, off=short_cut)
+        times, ceiling = self._times([full, subject], self.args.rounds, self.args.warmup)
+        row = step_report.row(subject, times, ceiling, self.references, self.args.rounds)
+        full_ms = times[full.name].median
+        self.left_out.append(row | {"full_ms": full_ms, "slowdown": times[name].median / full_ms})
+        self.write()
+        del subject
+        self._forget()
 
+    def profile(self) -> None:
+        """Count every subject's launches in one step; with --profile, tell where its time goes."""
+        for subject, row in zip(self.subjects, self.rows, strict=True):
+            ran = profiling.kernels({"step": subject.step}, self.device)["step"]
+            row["launches"] = len(ran)
+            if self.args.profile:
+                row["profile"] = profile_summary(ran, row["median_ms"])
+            self.write()
 
-def make_engine(config: Config, device: torch.device) -> Engine:
-    """An engine in stage 2, with fresh networks."""
-    noise = Noise(config.seed, device)
-    nets = Networks.build(config, flops.NUM_CLASSES[config.dataset], noise)
-    engine = Engine(config, nets, noise, STEPS_PER_EPOCH)
-    if engine.stage == 1:
-        engine.begin_stage2()
-    return engine
-
-
-class BaselineSubject:
-    """The official step with its batches."""
-
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.config = make_config("official-v1", args)
-        before = torch.cuda.memory_allocated() if args.device.type == "cuda" else 0
-        engine = make_engine(self.config, args.device)
-        engine.step_in_stage = STEPS_PER_EPOCH  # scalars of a step in which every term counts
-        self.scalars, noise = engine.scalars(), Noise(self.config.seed, args.device)
-        self.baseline = eager_baseline.Baseline(self.config, engine.nets, noise, name)
-        self.batches = itertools.cycle(make_batches(self.config, args.device))
-        del engine
-        self.peak_mib = peak_mib(self.step, args.device, before)
-
-    def step(self) -> None:
-        self.losses = self.baseline.step(next(self.batches), self.scalars)
-
-
-class Subject:
-    """One preset's engine with its clock, batches and counts; `plain`: with the ops' plain-torch references."""
-
-    def __init__(self, preset: str, args: argparse.Namespace, plain: bool = False) -> None:
-        self.preset, self.plain = preset, plain
-        self.config = make_config(preset, args)
-        self.executed, self.necessary = flops.count_step(self.config), flops.count_necessary(self.config)
-        before = torch.cuda.memory_allocated() if args.device.type == "cuda" else 0
-        self.engine = make_engine(self.config, args.device)
-        self.clock = PhaseClock(self.engine, args.device)
-        self.batches = itertools.cycle(make_batches(self.config, args.device))
-        self.peak_mib = peak_mib(self.step, args.device, before)
-
-    def step(self) -> None:
-        with reference_only() if self.plain else nullcontext():
-            self.clock.step(next(self.batches))
-
-
-def peak_mib(step: timing.Fn, device: torch.device, before: int) -> float:
-    """MiB at the peak of two first steps: on a GPU what this subject allocates, on a CPU the process's so far."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):  # the second has the optimisers' state
-        step()
-    if device.type == "cuda":
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def baseline_row(name: str, subject: BaselineSubject, t: timing.Times, ceiling: float) -> timing.Row:
-    """One line of the table, of the official step; its phases are not timed apart."""
-    necessary = flops.total(flops.count_necessary(subject.config)) / 1e12
-    return {
-        "preset": "official code", "engine": name, "dtype": "fp32", **t.row(),
-        **shared_columns(subject, t, necessary, ceiling), **subject.losses,
-    }  # fmt: skip
+    def write(self) -> None:
+        """All files, with what there is so far."""
+        args, rows = self.args, [*self.rows, *self.left_out]
+        timing.write_results(
+            args.out, args.name, rows, timing.environment(self.device), notes=self.notes,
+            tables=step_report.tables(rows), copy=args.json,
+        )  # fmt: skip
+        step_report.chart(args.out / f"{args.name}.png", rows, self.sizes)
 
 
-def shared_columns(subject: BaselineSubject | Subject, t: timing.Times, necessary: float, ceiling: float) -> timing.Row:
-    """Rates of a step of `t`, memory."""
-    seconds = t.median / 1e3
-    return {
-        "images_per_s": 2 * subject.config.schedule.batch_size / seconds, "peak_memory_mib": subject.peak_mib,
-        "necessary_tflop": necessary, "necessary_tflop_per_s": necessary / seconds,
-        "percent_of_matmul": 100 * necessary / seconds / ceiling, "matmul_tflop_per_s": ceiling,
-    }  # fmt: skip
-
-
-def row(subject: Subject, t: timing.Times, ceiling: float, rounds: int) -> timing.Row:
-    """One line of the table."""
-    losses: dict[str, Any] = {}
-    try:
-        losses = {name: value for name, value in subject.engine.stats.read().items() if name in ("C/loss", "D/loss")}
-    except NonFiniteError as error:  # the time is worth nothing then, and the table says so
-        losses = {"not finite": str(error)}
-    executed, necessary = flops.total(subject.executed) / 1e12, flops.total(subject.necessary) / 1e12
-    phases = {f"{name}_ms": p.median for name, p in subject.clock.times(rounds).items()}
-    return {
-        "preset": subject.preset, "engine": "ours, eager" + ", plain ops" * subject.plain, "dtype": "fp32",
-        **t.row(), **phases,
-        **shared_columns(subject, t, necessary, ceiling), "executed_tflop": executed, **losses,
-    }  # fmt: skip
-
-
-def profile_summary(subject: Subject, t: timing.Times, device: torch.device) -> dict[str, Any]:
-    """One profiled step: milliseconds per class of kernel, kernels launched, the longest kernels."""
-    ran = profiling.kernels({"step": subject.step}, device)["step"]
+def profile_summary(ran: profiling.Kernels, median_ms: float) -> dict[str, Any]:
+    """One profiled step: milliseconds per class of kernel, the longest kernels."""
     total = sum(ms for _, ms in ran)
     longest = sorted(profiling.by_name(ran).items(), key=lambda item: -item[1])[:15]
-    return {
-        "kernels" if device.type == "cuda" else "operators": len(ran),
-        "kernel_ms": total,
-        "percent_of_median_step": 100 * total / t.median,
-        "ms_by_class": profiling.by_class(ran),
-        "longest_ms": dict(longest),
-    }
+    return {"kernel_ms": total, "percent_of_median_step": 100 * total / median_ms,
+            "ms_by_class": profiling.by_class(ran), "longest_ms": dict(longest)}  # fmt: skip
 
 
 def arguments() -> argparse.Namespace:
-    p = timing.parser(__doc__, "step", rounds=10, warmup=2)
+    p = timing.parser(__doc__, "step", rounds=10, warmup=2, keys=step_report.KEYS)
     p.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
+    p.add_argument("--engine", nargs="*", choices=("eager", "compiled"), default=["eager", "compiled"])
+    p.add_argument("--precision", nargs="+", choices=("auto", "bf16", "tf32", "fp32"), default=["auto"],
+                   help="of our engines, one or several; auto: bf16 on a GPU, else fp32")  # fmt: skip
     p.add_argument("--baseline", nargs="*", choices=eager_baseline.BASELINES, help="default: all; on a CPU eager alone")
-    p.add_argument("--plain-ops", action="store_true", help="ours once more, every op as its plain-torch reference")
-    p.add_argument("--dataset", choices=sorted(flops.NUM_CLASSES), default="cifar10", help="its preset and classes")
-    p.add_argument("--depth", type=int, help="of C (default 28; --tiny: 10)")
-    p.add_argument("--width", type=int, help="of C (default 10; --tiny: 1)")
-    p.add_argument("--gan-width", type=int, help="channels of G and D (default 256; --tiny: 16)")
-    p.add_argument("--batch-size", type=int, help="labelled images, and as many unlabelled (default 256; --tiny: 8)")
+    p.add_argument("--leave-one-out", nargs="*", choices=SHORT_CUTS, metavar="SHORT_CUT",
+                   help=f"time `compiled` without each (default: all) of {', '.join(SHORT_CUTS)}; slow: each "
+                   "compiles anew")  # fmt: skip
+    p.add_argument("--no-compile", action="store_true", help="`compiled` without torch.compile: its other short cuts")
+    p.add_argument("--plain-ops", action="store_true", help="`eager` once more, every op as its plain-torch reference")
+    p.add_argument("--dataset", choices=sorted(flops.NUM_CLASSES), help="its preset; default: cifar10, on a CPU digits")
+    p.add_argument("--data-dir", help="folder of the dataset's files; default: random images (digits: its own)")
+    p.add_argument("--depth", type=int, help="of C (default: the preset's, of cifar10 28; --tiny: 10)")
+    p.add_argument("--width", type=int, help="of C (default: the preset's, of cifar10 10; --tiny: 1)")
+    p.add_argument("--gan-width", type=int, help="channels of G and D (default: the preset's, 256; --tiny: 16)")
+    p.add_argument("--batch-size", type=int, help="labelled images, and as many unlabelled (preset: 256; --tiny: 8)")
     p.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN choose by trials; the engine does not")
-    p.add_argument("--profile", action="store_true", help="add one profiled step per preset, after the clock")
+    p.add_argument("--profile", action="store_true", help="tell which kernels a step's time goes to, after the clock")
     args = timing.parse(p)
+    on_gpu = args.device.type == "cuda"
     if args.baseline is None:
-        args.baseline = list(eager_baseline.BASELINES) if args.device.type == "cuda" else ["eager"]
-    sizes = {"depth": (28, 10), "width": (10, 1), "gan_width": (256, 16), "batch_size": (256, 8)}
-    for name, (full, tiny) in sizes.items():
-        if getattr(args, name) is None:
-            setattr(args, name, tiny if args.tiny else full)
+        args.baseline = list(eager_baseline.BASELINES) if on_gpu else ["eager"]
+    args.dataset = args.dataset or ("cifar10" if on_gpu else "digits")
+    if args.tiny:
+        for name, size in {"depth": 10, "width": 1, "gan_width": 16, "batch_size": 8}.items():
+            if getattr(args, name) is None:
+                setattr(args, name, size)
+    left_out = args.leave_one_out
+    args.leave_one_out = () if left_out is None else left_out or SHORT_CUTS
+    if args.leave_one_out and "compiled" not in args.engine:
+        p.error("--leave-one-out: leaves short cuts out of --engine compiled, which is not asked for")
+    if not (args.baseline or args.engine):
+        p.error("--baseline, --engine: nothing to time")
+    try:
+        # auto and what it stands for are one: the first that was named
+        named = reversed(args.precision)
+        args.precision = list({precision.name(name, args.device): name for name in named}.values())[::-1]
+        make_config(args, args.preset[0], "eager")
+    except ConfigError as error:
+        p.error(str(error))
     return args
 
 
 def main() -> None:
     args = arguments()
     torch.backends.cudnn.benchmark = args.cudnn_benchmark
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = GRAPHS
     torch.manual_seed(0)
-    baselines = {name: BaselineSubject(name, args) for name in args.baseline}
-    subjects = {preset: Subject(preset, args) for preset in args.preset}
-    if args.plain_ops:
-        subjects |= {f"{preset}, plain ops": Subject(preset, args, plain=True) for preset in args.preset}
-    product, product_flops, product_name = ceilings.matmul(args.device, args.tiny)
-    fns = {name: subject.step for name, subject in (baselines | subjects).items()}
-    times = timing.measure({**fns, "matmul": product}, args.rounds, args.warmup, args.device)
-    ceiling = product_flops / times["matmul"].median / 1e9
-    rows = [baseline_row(name, subject, times[name], ceiling) for name, subject in baselines.items()]
-    rows += [row(subject, times[name], ceiling, args.rounds) for name, subject in subjects.items()]
-    for line, name in zip(rows, (*baselines, *subjects), strict=True):
-        line |= {f"speedup_over_{base}": times[base].median / times[name].median for base in baselines}
-    notes = [
-        "fp32 (on a GPU: convolutions in TF32, torch's default). verbatim, eager: the official step, with and without "
-        "torch.cuda.empty_cache(); ours is the EAGER engine: the compiled and captured step is not here yet.",
-        "The speed-up of `official-v1` compares equal computations; `paper` saves a forward of C and the class loop.",
-        f"C = WRN-{args.depth}-{args.width}, G and D {args.gan_width} wide, batch {args.batch_size} labelled + "
-        f"{args.batch_size} unlabelled, {args.dataset}; synthetic resident images, loading outside the clock.",
-        "images/s = labelled + unlabelled images of the C update, per second of step.",
-        "TFLOP: convolutions and matrix products, 2 per multiply-add, counted on the meta device (flops.py). executed: "
-        "what this engine runs; necessary: the same semantics with the fewest FLOPs (performance.md 1.1). The preset "
-        "`paper` saves one forward of C that `official-v1` makes.",
-        f"percent_of_matmul: necessary TFLOP/s over the matmul's ({product_name}), interleaved with the steps.",
-        "Peak memory: GPU, allocated by this engine; CPU, resident set of the process so far.",
-    ]
-    summary: dict[str, Any] = {
-        f"tflop {name}": {
-            f"{phase} {kind}": count / 1e12
-            for phase, kinds in s.executed.items()
-            for kind, count in kinds.items()
-            if count
-        }
-        for name, s in subjects.items()
-    }
-    environment = timing.environment(args.device)
-    timing.write_results(args.out, args.name, rows, environment, notes=notes, summary=summary)
-    print("\n".join(timing.table(rows)), flush=True)
-    if args.profile:
-        for name, subject in subjects.items():
-            summary[f"profile {name}"] = profile_summary(subject, times[name], args.device)
-            timing.write_results(args.out, args.name, rows, environment, notes=notes, summary=summary)
-            print(f"{name}: {timing.inline(summary[f'profile {name}'])}", file=sys.stderr, flush=True)
+    bench = Bench(args)
+    bench.baselines()
+    ours = list(itertools.product(args.preset, args.precision))
+    for preset, asked in ours if "eager" in args.engine else []:
+        bench.engine(preset, "eager", asked)
+        if args.plain_ops:
+            bench.engine(preset, "eager", asked, plain=True)
+    for preset, asked in ours if "compiled" in args.engine else []:
+        if bench.subjects:
+            bench.measure(1, 0)  # compiling may outlast a time limit: the rows so far, in one round
+        bench.engine(preset, "compiled", asked)
+    for preset in args.preset if args.engine else []:
+        bench.reference(preset)
+    bench.measure(args.rounds, args.warmup)
+    bench.profile()
+    for subject in list(bench.subjects):
+        if isinstance(subject, EngineSubject) and subject.kind == "compiled" and not subject.is_twin:
+            for short_cut in args.leave_one_out:
+                bench.leave_out(subject, short_cut)
+    for title, rows in reversed(step_report.tables([*bench.rows, *bench.left_out]).items()):  # the answer comes last
+        print(f"\n{title}\n\n" + "\n".join(timing.table(rows)), flush=True)
 
 
 if __name__ == "__main__":

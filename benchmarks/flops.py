@@ -6,27 +6,24 @@ spectral norm's matrix-vector products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from puat_fast.config import Config
+from puat_fast.config import Config, FastConfig
 from puat_fast.data.batch import DiscBatch, SemiBatch, StepBatch
 from puat_fast.engine.step import Engine
 from puat_fast.methods import Phase
 from puat_fast.networks import Networks
-from puat_fast.networks.discriminator import DownBlock
-from puat_fast.networks.generator import CBNBlock
 from puat_fast.noise import Noise
 
 aten = torch.ops.aten
-NUM_CLASSES = {"cifar10": 10, "cifar100": 100}
+NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
+STEPS_PER_EPOCH = 196  # of CIFAR: what the schedules see
 
 Counts = dict[str, dict[str, float]]
 """FLOPs by phase (D, G, A, C, other) and kind (fprop, dgrad, wgrad, matmul)."""
@@ -81,7 +78,7 @@ def meta_engine(config: Config) -> Engine:
     noise = MetaNoise()
     with torch.device("meta"):
         nets = Networks.build(config, NUM_CLASSES[config.dataset], noise)
-    engine = Engine(config, nets, noise, steps_per_epoch=196)
+    engine = Engine(config, nets, noise, STEPS_PER_EPOCH)
     if engine.stage == 1:
         engine.begin_stage2()
     return engine
@@ -100,7 +97,11 @@ def meta_batch(config: Config) -> StepBatch:
 
 
 def count_step(config: Config, prepare: Callable[[Engine], None] | None = None) -> Counts:
-    """FLOPs that the engine executes in one step of stage 2; `prepare` may change the engine first."""
+    """FLOPs that the engine executes in one step of stage 2; `prepare` may change the engine first.
+
+    torch.compile and CUDA graphs do not change them, and stay off: nothing can be compiled for the meta device.
+    """
+    config = replace(config, precision="fp32", fast=replace(config.fast, compile=False, graph=False))
     engine, batch, counter = meta_engine(config), meta_batch(config), FlopCounter()
     if prepare is not None:
         prepare(engine)
@@ -117,40 +118,11 @@ def count_step(config: Config, prepare: Callable[[Engine], None] | None = None) 
     return counter.counts
 
 
+def count_necessary(config: Config) -> Counts:
+    """FLOPs that one step needs with the semantics that `config` names: every exact short cut taken."""
+    return count_step(replace(config, engine="compiled", fast=FastConfig()))
+
+
 def total(counts: Counts) -> float:
     """FLOPs of all phases."""
     return sum(sum(kinds.values()) for kinds in counts.values())
-
-
-# -- what is necessary ----------------------------------------------------------------------------------------------
-
-
-def down_block(self: DownBlock, x: Tensor) -> Tensor:
-    """DownBlock.forward with the fewest FLOPs: the same function up to rounding.
-
-    avgpool2(conv3x3(a)) is one 4x4 stride-2 convolution, its weight a quarter of the sum of four shifts of w; a 1x1
-    convolution commutes with the pooling.
-    """
-    r = F.relu(self.conv1(x if self.first else F.relu(x)))
-    w = self.conv2.normalised_weight()
-    w4 = sum(F.pad(w, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1)) / 4
-    return self.shortcut(F.avg_pool2d(x, 2)) + F.conv2d(r, w4, self.conv2.bias, stride=2, padding=1)
-
-
-def cbn_block(self: CBNBlock, h: Tensor, y: Tensor) -> Tensor:
-    """CBNBlock.forward with the fewest FLOPs: its 1x1 shortcut commutes with the bilinear upsampling."""
-    r = self.conv1(self._up(F.relu(self.cbn1(h, y))))
-    return self._up(self.shortcut(h)) + self.conv2(F.relu(self.cbn2(r, y)))
-
-
-@contextmanager
-def necessary_algebra() -> Iterator[None]:
-    """Inside, G, A and D compute what they compute with the fewest FLOPs (performance.md 1.1, rows 5 and 6)."""
-    with mock.patch.object(DownBlock, "forward", down_block), mock.patch.object(CBNBlock, "forward", cbn_block):
-        yield
-
-
-def count_necessary(config: Config) -> Counts:
-    """FLOPs that one step needs with the semantics that `config` names."""
-    with necessary_algebra():
-        return count_step(config)

@@ -1,4 +1,4 @@
-"""The command line: `puat-fast train | eval | generate | info`.
+"""The command line: `puat-fast train | eval | generate | bench | info`.
 
 torch is imported by what needs it, after all options are known to be good.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from puat_fast import __version__, files, info
+from puat_fast import __version__, bench, files, info
 from puat_fast.config import Config, ConfigError, option_types
 from puat_fast.evaluation.names import ACCEPTED, AttackSpec, parse_attacks
 from puat_fast.options import ConfigParser, parse_options
@@ -138,9 +138,9 @@ def _run_verb(argv: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=f"puat-fast {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, title="verbs")
     verbs.add_parser("train", help=TRAIN)
-    for add in (_add_eval, _add_generate, _add_info):
+    for add in (_add_eval, _add_generate, _add_bench, _add_info):
         add(verbs)
-    if argv and argv[0] in verbs.choices:
+    if argv and argv[0] in verbs.choices and argv[0] != "bench":  # whose options are its scripts'
         argv = [argv[0], *_spelled(argv[1:], verbs.choices[argv[0]])]
     options = parser.parse_args(argv)
     code: int = options.run(options)
@@ -315,6 +315,18 @@ def _generate(options: argparse.Namespace) -> int:
 
     generate_run(options.path, options.grid, options.per_class, options.seed, options.device)
     print(options.grid)
+    return 0
+
+
+def _add_bench(verbs: Any) -> None:
+    text = "measure how fast this machine is at what training does"
+    parser = _add_verb(verbs, "bench", _bench, text, "NAME [options of NAME]", bench.HELP)
+    parser.add_argument("name", metavar="NAME", help=f"{', '.join(bench.SCRIPTS)}: see below")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="those of NAME")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    bench.run(options.name, [option for option in options.options if option != "--debug"])
     return 0
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "puat_fast"
 RANKS = {
     "config": 0, "files": 0, "noise": 0, "kernels": 0, "_C": 0,
     "ops": 1,
-    "info": 2,
+    "info": 2, "bench": 2,
     "options": 3, "runlog": 3, "plots": 3, "objectives": 3, "data": 3,
     "networks": 4,
     "attacks": 5, "checkpoint": 5,

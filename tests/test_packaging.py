@@ -46,14 +46,27 @@ def test_everything_of_the_package_is_in(names: set[str]) -> None:
     package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "puat_fast").rglob("*.py")}
     presets = {p.relative_to(ROOT).as_posix() for p in (ROOT / "puat_fast" / "presets").glob("*.yaml")}
     kernels = {f"puat_fast/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "kernels").rglob("*.py")}
+    scripts = {f"puat_fast/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "benchmarks").rglob("*.py")}
     assert presets and kernels
     assert package | presets | kernels | {"puat_fast/py.typed"} <= names
+    assert scripts - {"puat_fast/benchmarks/check_device.py"} == {n for n in names if "/benchmarks/" in n}
     assert [name for name in names if name.startswith("puat_fast/_C.")]
 
 
 def test_nothing_else_is_in(names: set[str]) -> None:
     suffixes = {Path(name).suffix for name in names if not name.split("/")[0].endswith(".dist-info")}
     assert not suffixes & {".cpp", ".h", ".cu", ".cuh", ".pyc"}
+
+
+def test_bench_runs_from_the_installed_package(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (  # -S: without the import hook of an editable install
+        f"import sys; sys.path[:0] = {[str(tmp_path), *sys.path]!r}; from puat_fast import bench, cli;"
+        "print(bench.folder()); sys.exit(cli.main(['bench', 'conv', '--device', 'cpu', '--tiny', '--rounds', '1']))"
+    )
+    out = python("-S", "-c", code, cwd=tmp_path)
+    assert out.startswith(str(tmp_path / "puat_fast" / "benchmarks"))
+    assert (tmp_path / "runs" / "bench" / "conv.json").exists()
 
 
 def test_cpu_build_says_so(wheel: Path, tmp_path: Path) -> None:
