@@ -202,7 +202,6 @@ class EngineSubject(Subject):
         return twin
 
     def step(self) -> None:
-        precision.use(self.config.precision, self.device)  # the process's: another subject may have changed it
         timed = nullcontext() if self.clock is None else self.clock.step()
         graphs = self.engine.graphs
         if not self.captured:

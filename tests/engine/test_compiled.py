@@ -26,7 +26,7 @@ from puat_fast.testing import step_terms
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "quick"),
-    pytest.mark.skipif(compiling.why_not() is not None, reason=str(compiling.why_not())),
+    pytest.mark.skipif(compiling.why_not("cpu") is not None, reason=str(compiling.why_not("cpu"))),
 ]
 
 STEPS = 25  # of each stage
