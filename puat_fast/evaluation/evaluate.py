@@ -50,7 +50,7 @@ def evaluate_run(
     C = checkpoint.load_classifier(path, resolve_device(device))
     used = next(C.parameters()).device
     if resolve_engine(engine, used) == "compiled" and compiling.why_not(used.type) is None:
-        C.fold_bn(True)
+        C.set_fold_bn(True)
         compiling.compile_network(C)
     config_file = path / "config.yaml"
     if data_dir is None and config_file.exists():

@@ -63,7 +63,7 @@ class Networks:
             elif isinstance(module, CBNBlock):
                 module.commute = fast.commute
         for C in (self.C, self.C_ema):
-            C.fold_bn(fast.fold_bn)
+            C.set_fold_bn(fast.fold_bn)
         for net in (self.C, self.C_ema, self.G, self.D):
             net.conv_dtype = conv_dtype
 

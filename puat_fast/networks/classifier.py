@@ -138,7 +138,7 @@ class Classifier(Compiled):
     def _core(self, x: Tensor) -> Tensor:
         return self.logits(self.features(x))
 
-    def fold_bn(self, on: bool) -> None:
+    def set_fold_bn(self, on: bool) -> None:
         """Whether eval mode folds BatchNorm into the convolution before it, where there is one (`Block.fold_bn`)."""
         for module in self.modules():
             if isinstance(module, Block):

@@ -31,7 +31,7 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engines_of_many_sizes(monkeypatch: pytest.MonkeyPatch, traced_only: None) -> None:
     """Dynamo's limit is of a function, whosever network it is: a sweep over sizes must not use it up."""
     monkeypatch.setattr(compiling, "MODES_OF_A_NETWORK", 1)
-    monkeypatch.setattr(compiling, "_engines", itertools.count(1))
+    monkeypatch.setattr(compiling, "_networks", itertools.count(1))
     config = whole_config(method="regular")
     with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
         for width in (1, 2, 3):
@@ -41,7 +41,7 @@ def test_engines_of_many_sizes(monkeypatch: pytest.MonkeyPatch, traced_only: Non
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same steps with the short cuts that need none, and one line that says why."""
-    monkeypatch.setattr(compiling, "why_not", lambda: "no C++ compiler: none of g++, clang++ is here")
+    monkeypatch.setattr(compiling, "why_not", lambda device: "no C++ compiler: none of g++, clang++ is here")
     config = compiled(whole_config(), compile=True)
     engine = new_engine(config)
     assert engine.off["compile"] == "no C++ compiler: none of g++, clang++ is here" and not engine.fast.compile
@@ -59,7 +59,9 @@ def test_why_not_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("InvalidCxxCompiler:\n  No working C++ compiler found in " + 200 * "x")
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
-    reason = compiling.why_not()
+    compiling.why_not.cache_clear()
+    reason = compiling.why_not("cpu")
+    compiling.why_not.cache_clear()
     assert reason is not None and reason.startswith("no C++ compiler: InvalidCxxCompiler: No working")
     assert "\n" not in reason and len(reason) < 150
 
