@@ -315,3 +315,17 @@ def test_use_switches_one_and_back(name: str) -> None:
     assert all(on == {n == name} for n, on in switches().items())
     nets.use(FastConfig(**nothing), None)
     assert all(on == {False} for on in switches().values())
+
+
+@pytest.mark.parametrize("commute", [False, True])
+def test_commute_moves_the_shortcuts(commute: bool) -> None:
+    """To the smaller of the two images; the values are the same, so that only this shows the switch at work."""
+    for block, args in (
+        (double(lambda: DownBlock(4, 6, first=False)), ()),
+        (double(lambda: CBNBlock(3, 5, K, upsample=True)), (y_of(2),)),
+    ):
+        seen: list[int] = []
+        block.commute = commute
+        block.shortcut.register_forward_hook(lambda m, inputs, out, seen=seen: seen.append(inputs[0].shape[2]))
+        block(images(2, 4 if not args else 3, 8, 8), *args)
+        assert seen == [(4 if commute else 8) if not args else (8 if commute else 16)]
