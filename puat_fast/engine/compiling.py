@@ -27,7 +27,7 @@ def why_not(device_type: str) -> str | None:
     reason = info.why_not_compile()
     if reason is None:
         try:
-            torch.compile(torch.sin, fullgraph=True, options=OPTIONS)(torch.ones(8, device=device_type))
+            torch.compile(torch.sin, fullgraph=True, dynamic=False, options=OPTIONS)(torch.ones(8, device=device_type))
         except Exception as error:  # of compilers, headers, drivers: whatever the toolchain lacks
             reason = " ".join(str(error).split())[:200]
     return reason

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from puat_fast.networks.generator import CBNBlock
-from puat_fast.networks.layers import Compiled
+from puat_fast.networks.layers import Compiled, channels_last
 
 
 class Attacker(Compiled):
@@ -31,7 +31,7 @@ class Attacker(Compiled):
         return self.core(z, y)
 
     def _core(self, z: Tensor, y: Tensor) -> Tensor:
-        h = self.linear_in(z).unflatten(1, (16, 4, 4))
+        h = channels_last(self.linear_in(z).unflatten(1, (16, 4, 4)), z.dtype)
         for block in self.blocks:
             h = block(h, y)
         return z + self.clip * torch.tanh(self.linear_out(h.flatten(1)))

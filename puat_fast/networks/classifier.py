@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puat_fast.networks.augment import Augment
-from puat_fast.networks.layers import BatchNorm2d, Compiled, Conv2d, conv2d
+from puat_fast.networks.layers import BatchNorm2d, Compiled, Conv2d, channels_last, conv2d
 
 BN_MOMENTUM = 0.01
 
@@ -122,7 +122,7 @@ class Classifier(Compiled):
 
     def features(self, x: Tensor) -> Tensor:
         """Pooled features before the last layer, N x 64 width, of images that are augmented already."""
-        h, r = self.init_conv(((x - self.mean) / self.std).to(self.conv_dtype or x.dtype)), None
+        h, r = self.init_conv(channels_last((x - self.mean) / self.std, self.conv_dtype or x.dtype)), None
         for group in self.layer:
             h, r = group(h, r)
         return F.avg_pool2d(self.batchnorm.silu(h, r)[0], 8).flatten(1).to(x.dtype)

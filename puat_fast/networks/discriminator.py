@@ -11,6 +11,7 @@ from puat_fast.networks.layers import (
     SNConv2d,
     SNEmbedding,
     SNLinear,
+    channels_last,
     normalised_per_call,
     normalised_together,
 )
@@ -95,5 +96,5 @@ class Discriminator(Compiled):
 
     def _core(self, x: Tensor) -> Tensor:
         """h, N x width, in the dtype of the weights."""
-        x = ((x - 0.5) / 0.5).to(self.conv_dtype or x.dtype)
+        x = channels_last((x - 0.5) / 0.5, self.conv_dtype or x.dtype)
         return F.relu(self.blocks(x)).sum(dim=(2, 3), dtype=self.linear.weight.dtype)

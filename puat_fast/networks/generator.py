@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puat_fast.networks.layers import BatchNorm2d, Compiled, ConditionalBatchNorm2d, Conv2d
+from puat_fast.networks.layers import BatchNorm2d, Compiled, ConditionalBatchNorm2d, Conv2d, channels_last, upsample2
 
 
 class CBNBlock(nn.Module):
@@ -34,7 +34,7 @@ class CBNBlock(nn.Module):
         return (self._up(self.shortcut(h)) if self.commute else self.shortcut(self._up(h))) + r
 
     def _up(self, h: Tensor) -> Tensor:
-        return F.interpolate(h, scale_factor=2, mode="bilinear", align_corners=False) if self.upsample else h
+        return upsample2(h) if self.upsample else h
 
 
 class Generator(Compiled):
@@ -58,7 +58,7 @@ class Generator(Compiled):
         return self.core(z, y)
 
     def _core(self, z: Tensor, y: Tensor) -> Tensor:
-        h = self.linear(z).unflatten(1, (-1, 4, 4)).to(self.conv_dtype or z.dtype)
+        h = channels_last(self.linear(z).unflatten(1, (-1, 4, 4)), self.conv_dtype or z.dtype)
         for block in self.blocks:
             h = block(h, y)
         return self.to_rgb(F.relu(self.bn(h))).to(z.dtype).tanh() * 0.5 + 0.5

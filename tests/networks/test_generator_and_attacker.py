@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from puat_fast.networks.attacker import Attacker
 from puat_fast.networks.generator import CBNBlock, Generator
-from puat_fast.networks.layers import ConditionalBatchNorm2d
+from puat_fast.networks.layers import ConditionalBatchNorm2d, upsample2
 
 
 def count(module: torch.nn.Module) -> int:
@@ -118,3 +118,19 @@ def test_the_attacker_starts_from_z():
     torch.nn.init.zeros_(A.linear_out.bias)
     z = torch.randn(4, 8)
     assert torch.equal(A(z, torch.tensor([0, 1, 2, 0])), z)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (4, 4), (5, 2)])
+def test_upsample2_is_bilinear_interpolation(size: tuple[int, int]) -> None:
+    """Values and gradients of F.interpolate, and the layout of the input."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, *size, dtype=torch.float64).to(memory_format=torch.channels_last)
+    weight = torch.randn(2, 3, 2 * size[0], 2 * size[1], dtype=torch.float64)
+    ours, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out = upsample2(ours)
+    plain = F.interpolate(expected, scale_factor=2, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(out, plain)
+    (out * weight).sum().backward()
+    (plain * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, expected.grad)
+    assert out.is_contiguous(memory_format=torch.channels_last)
