@@ -1,13 +1,21 @@
-// parallel_for: a loop over [0, n) shared by a few threads, without OpenMP.
+// parallel_for: a loop over [0, n) shared by a few threads: those of torch, or a pool of our own.
 //
-// Why not OpenMP: its workers spin between loops and take the cores from whatever else runs, and a CUDA build of torch
-// brings a second OpenMP runtime along. Here workers sleep on a condition variable and never spin. The caller works
-// too, and waits only for workers that did join in, so that a busy machine costs no wake-up time.
+// torch's loops run on the team of an OpenMP runtime that comes with torch. Between two of them its workers spin for a
+// moment on the cores that ours would need, and ours would sleep and have to be woken: at the sizes of training a
+// second thread then gains nothing. So the team that is awake is asked, by the entry that compilers call for a parallel
+// region (GOMP_parallel, which libgomp, libiomp5 and libomp all export). We link no OpenMP: a second runtime would be a
+// second team.
+//
+// The pool serves where torch has no such runtime, and after a fork, whose child has none of the team's threads. Its
+// workers sleep on a condition variable and never spin. The caller works too, and waits only for workers that did join
+// in, so that a busy machine costs no wake-up time.
 //
 // After a fork the child finds no workers and starts its own on first use. Two loops at once (from two Python threads,
 // or one inside the other): the second runs on its caller's thread alone.
 #pragma once
 
+#include <dlfcn.h>
+#include <link.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,6 +24,7 @@
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <string>
 #include <system_error>
 #include <thread>
 
@@ -103,6 +112,63 @@ class ThreadPool {
   uint64_t job_ = 0;
 };
 
+// The team of torch's OpenMP runtime.
+class TorchTeam {
+ public:
+  // Whether there is one that this process may use.
+  static bool is_there() { return entry() != nullptr && getpid() == loaded_by(); }
+
+  static void run(int64_t n, int64_t chunk, int threads, const RangeBody& body) {
+    Job job{body, n, chunk};
+    entry()(&Job::work, &job, static_cast<unsigned>(threads), 0);
+  }
+
+ private:
+  using Entry = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
+  struct Job {
+    const RangeBody& body;
+    const int64_t n, chunk;
+    std::atomic<int64_t> next{0};
+
+    static void work(void* given) {
+      Job& job = *static_cast<Job*>(given);
+      for (int64_t begin; (begin = job.next.fetch_add(job.chunk)) < job.n;) {
+        job.body(begin, std::min(begin + job.chunk, job.n));
+      }
+    }
+  };
+
+  static Entry entry() {
+    static const Entry found = find();
+    return found;
+  }
+
+  static pid_t loaded_by() {
+    static const pid_t pid = getpid();
+    return pid;
+  }
+
+  // Looked for among what is loaded, nothing is loaded for it. Other packages bring runtimes of their own along.
+  static Entry find() {
+    loaded_by();
+    std::string path;
+    dl_iterate_phdr(
+        [](dl_phdr_info* info, size_t, void* result) {
+          const std::string name = info->dlpi_name;
+          const std::string base = name.substr(name.rfind('/') + 1);
+          const bool openmp =
+              base.rfind("libgomp", 0) == 0 || base.rfind("libiomp5", 0) == 0 || base.rfind("libomp", 0) == 0;
+          if (!openmp || name.find("/torch") == std::string::npos) return 0;
+          *static_cast<std::string*>(result) = name;
+          return 1;
+        },
+        &path);
+    void* runtime = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+    return runtime == nullptr ? nullptr : reinterpret_cast<Entry>(dlsym(runtime, "GOMP_parallel"));
+  }
+};
+
 // Calls body(begin, end) over disjoint ranges that cover [0, n), on up to `threads` threads. `grain`: the number of
 // iterations worth handing to another thread; below twice that, all run on the caller's. `body` must not throw.
 inline void parallel_for(int64_t n, int64_t grain, int threads, const RangeBody& body) {
@@ -112,7 +178,11 @@ inline void parallel_for(int64_t n, int64_t grain, int threads, const RangeBody&
     return;
   }
   const int64_t chunk = std::max(grain, (n + 4 * parts - 1) / (4 * parts));  // four a thread even out a late start
-  ThreadPool::instance().run(n, chunk, static_cast<int>(parts), body);
+  if (TorchTeam::is_there()) {
+    TorchTeam::run(n, chunk, static_cast<int>(parts), body);
+  } else {
+    ThreadPool::instance().run(n, chunk, static_cast<int>(parts), body);
+  }
 }
 
 }  // namespace puat
