@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puat_fast.networks.layers import BatchNorm2d, Compiled, ConditionalBatchNorm2d, Conv2d, channels_last, upsample2
+from puat_fast.networks.layers import BatchNorm2d, Compiled, ConditionalBatchNorm2d, Conv2d, channels_last
+from puat_fast.ops._upsample import upsample2
 
 
 class CBNBlock(nn.Module):

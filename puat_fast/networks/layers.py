@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from puat_fast.ops import bn_silu, cond_bn_relu_up, spectral_norm, spectral_sigmas
 from puat_fast.ops.bn_silu import Pad
@@ -49,33 +48,6 @@ class Conv2d(nn.Conv2d):
 def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in the layout in which convolutions run, and in their dtype: what enters a network comes in neither."""
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def upsample2(x: Tensor) -> Tensor:
-    """Bilinear x2 (align_corners=False), N x C x H x W -> N x C x 2H x 2W: along an axis, edges repeated,
-
-        out[2i] = (x[i-1] + 3 x[i]) / 4,    out[2i+1] = (3 x[i] + x[i+1]) / 4
-
-    It is F.interpolate with a gradient that is summed in a fixed order: torch's adds atomically on a GPU.
-    """
-    return _Upsample2.apply(x)  # type: ignore[no-untyped-call]
-
-
-class _Upsample2(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = F.pad(grad, (1, 1, 1, 1), mode="replicate")
-        for dim in (2, 3):
-            size = grad.shape[dim] - 3
-            shifted = (grad.narrow(dim, k, size) for k in range(4))
-            a, b, c, d = (t[:, :, ::2] if dim == 2 else t[:, :, :, ::2] for t in shifted)
-            grad = 0.25 * (a + d) + 0.75 * (b + c)
-        return grad
 
 
 class BatchNorm2d(nn.BatchNorm2d):

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from puat_fast.ops._layout import check_dtype
 from puat_fast.ops._library import INTERPRETED, Impl, register_triton, takes_reference
+from puat_fast.ops._upsample import upsample2
 
 Stats = Literal["update", "leave"]
 
@@ -185,7 +186,7 @@ def _scaled(xhat: Tensor, y: Tensor, gain: Tensor, bias: Tensor, upsample: bool)
     """U(ReLU(gain[y] * xhat + bias[y]))."""
     out = F.relu(torch.addcmul(_per_image(bias, y), _per_image(gain, y), xhat))
     if upsample:
-        out = F.interpolate(out, scale_factor=2, mode="bilinear", align_corners=False)
+        out = upsample2(out)
     return out.contiguous(memory_format=torch.channels_last)
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from puat_fast.networks.attacker import Attacker
 from puat_fast.networks.generator import CBNBlock, Generator
-from puat_fast.networks.layers import ConditionalBatchNorm2d, upsample2
+from puat_fast.networks.layers import ConditionalBatchNorm2d
+from puat_fast.ops._upsample import upsample2
 
 
 def count(module: torch.nn.Module) -> int:
