@@ -20,7 +20,7 @@ from puat_fast.config import Config, FastConfig
 from puat_fast.data.batch import DiscBatch, SemiBatch, StepBatch
 from puat_fast.methods.phase import Phase, Report, Scalars
 from puat_fast.networks import Networks
-from puat_fast.networks.layers import eval_mode, frozen_running_stats, frozen_weights
+from puat_fast.networks.layers import eval_mode, fits_one_pass, frozen_running_stats, frozen_weights
 from puat_fast.noise import Noise
 
 
@@ -90,13 +90,17 @@ class Puat:
         return b.x_l[:0] if b.x_ud is None else b.x_ud[:n_u]
 
     def _labels(self, batch: StepBatch, k: int) -> tuple[Tensor, Tensor]:
-        """C's logits, in eval mode, of x_ud and x_u of D batch k; with `batch_labels` of all batches, when k is 0.
+        """C's logits, in eval mode, of x_ud and x_u of D batch k.
 
+        With `batch_labels` in one pass, of all D batches of the step when k is 0, where that many images fit one pass.
         C stays as it is while D is trained, and in eval mode no image sees another: one pass gives the same.
         """
-        if k == 0 or not self.batch_labels:
-            batches = batch.D[: self.config.schedule.n_disc] if self.batch_labels else [batch.D[k]]
-            images = [x for b in batches for x in (self._x_ud(b), self._x_u(b))]
+        batches = batch.D[: self.config.schedule.n_disc]
+        parts = [[self._x_ud(b), self._x_u(b)] for b in batches]
+        total = sum(len(x) for part in parts for x in part)
+        at_once = self.batch_labels and fits_one_pass(total, 16 * self.C.width, batch.D[k].x_l)
+        if k == 0 or not at_once:
+            images = [x for part in (parts if at_once else parts[k : k + 1]) for x in part]
             with eval_mode(self.C):
                 if self.batch_labels:
                     self.labels = list(self.C(torch.cat(images)).split([len(x) for x in images]))

@@ -12,6 +12,7 @@ from puat_fast.networks.layers import (
     SNEmbedding,
     SNLinear,
     channels_last,
+    fits_one_pass,
     normalised_per_call,
     normalised_together,
 )
@@ -54,7 +55,8 @@ class Discriminator(Compiled):
     `per_class_lookup` (official-v1): D(x, all) looks the embedding up K times and so makes K power iterations on it,
     each class using its own sigma; else one.
 
-    `batched`, off by default: `scores` takes its calls in one pass, each with its own sigma; the same to rounding.
+    `batched`, off by default: `scores` takes its calls in one pass, each with its own sigma; the same to rounding. On a
+    CPU only where that pays.
     """
 
     batched = False
@@ -80,7 +82,8 @@ class Discriminator(Compiled):
 
     def scores(self, *calls: Call) -> list[Tensor]:
         """[D(x, y), ...] of several calls (x, y), y None for all classes, as if made one after the other."""
-        if not self.batched or len(calls) == 1:
+        images, width = sum(len(x) for x, _ in calls), self.linear.weight.shape[1]
+        if not self.batched or len(calls) == 1 or not fits_one_pass(images, width, calls[0][0]):
             return [self(x, y) for x, y in calls]
         lookups = [self.num_classes if y is None and self.per_class_lookup else 1 for _, y in calls]
         sizes, E = [len(x) for x, _ in calls], self.embedding.weight

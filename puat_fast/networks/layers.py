@@ -45,6 +45,18 @@ class Conv2d(nn.Conv2d):
         return conv2d(x, self.weight, self.bias, self.stride[0], self.padding[0])
 
 
+MAPPED_ANEW = 32 * 2**20
+"""Bytes above which glibc takes a block from the system anew at each allocation, page by page."""
+
+
+def fits_one_pass(images: int, channels: int, x: Tensor) -> bool:
+    """Whether one pass over so many images beats several: on a CPU not where its maps are `MAPPED_ANEW`.
+
+    channels: of the largest map, of 32 x 32 pixels; x: gives device and dtype. On a GPU always.
+    """
+    return x.device.type != "cpu" or images * channels * 32 * 32 * x.element_size() <= MAPPED_ANEW
+
+
 def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in the layout in which convolutions run, and in their dtype: what enters a network comes in neither."""
     return x.to(dtype).contiguous(memory_format=torch.channels_last)

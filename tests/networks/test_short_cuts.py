@@ -12,11 +12,17 @@ from fast_cases import assert_same_tensors, buffers, gradients
 from torch import Tensor, nn
 
 from puat_fast.config import FastConfig
-from puat_fast.networks import Networks
+from puat_fast.networks import Networks, layers
 from puat_fast.networks.classifier import Block, Classifier
 from puat_fast.networks.discriminator import Call, Discriminator, DownBlock
 from puat_fast.networks.generator import CBNBlock, Generator
-from puat_fast.networks.layers import SNConv2d, batch_norms, frozen_running_stats, normalised_per_call
+from puat_fast.networks.layers import (
+    SNConv2d,
+    batch_norms,
+    fits_one_pass,
+    frozen_running_stats,
+    normalised_per_call,
+)
 
 F64 = torch.float64
 TOLERANCE = 1e-12  # of the largest entry of a tensor
@@ -329,3 +335,17 @@ def test_commute_moves_the_shortcuts(commute: bool) -> None:
         block.shortcut.register_forward_hook(lambda m, inputs, out, seen=seen: seen.append(inputs[0].shape[2]))
         block(images(2, 4 if not args else 3, 8, 8), *args)
         assert seen == [(4 if commute else 8) if not args else (8 if commute else 16)]
+
+
+@pytest.mark.parametrize("limit", [0, 32 * 2**20])
+def test_passes_that_do_not_fit_stay_apart(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """On a CPU large maps come from the system anew each time: D's calls are then made one by one."""
+    monkeypatch.setattr(layers, "MAPPED_ANEW", limit)
+    torch.manual_seed(0)
+    D, x = Discriminator(3, 8).double(), torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    D.batched = True
+    passes = []
+    D._core = lambda x, core=D._core: passes.append(len(x)) or core(x)
+    D.scores((x, torch.tensor([0, 1])), (x, None))
+    assert passes == ([2, 2] if limit == 0 else [4])
+    assert fits_one_pass(10**6, 256, torch.empty(1, device="meta"))
