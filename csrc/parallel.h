@@ -112,11 +112,14 @@ class ThreadPool {
   uint64_t job_ = 0;
 };
 
+// The process that loaded this module: a child that it forks has none of the team's threads.
+inline const pid_t kLoadedBy = getpid();
+
 // The team of torch's OpenMP runtime.
 class TorchTeam {
  public:
   // Whether there is one that this process may use.
-  static bool is_there() { return entry() != nullptr && getpid() == loaded_by(); }
+  static bool is_there() { return entry() != nullptr && getpid() == kLoadedBy; }
 
   static void run(int64_t n, int64_t chunk, int threads, const RangeBody& body) {
     Job job{body, n, chunk};
@@ -144,14 +147,8 @@ class TorchTeam {
     return found;
   }
 
-  static pid_t loaded_by() {
-    static const pid_t pid = getpid();
-    return pid;
-  }
-
   // Looked for among what is loaded, nothing is loaded for it. Other packages bring runtimes of their own along.
   static Entry find() {
-    loaded_by();
     std::string path;
     dl_iterate_phdr(
         [](dl_phdr_info* info, size_t, void* result) {

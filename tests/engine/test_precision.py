@@ -156,9 +156,9 @@ def tf32() -> Iterator[None]:
 def test_tf32_is_allowed_where_it_is_asked_for(asked: str, tf32: None) -> None:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     cudnn.allow_tf32 = matmul.allow_tf32 = asked != "tf32"
-    conv_dtype = precision.use(asked, CUDA)
+    precision.allow_tf32(asked, CUDA)
     assert cudnn.allow_tf32 == matmul.allow_tf32 == (asked == "tf32")
-    assert conv_dtype == (BF16 if asked in ("auto", "bf16") else None)
+    assert precision.conv_dtype(asked, CUDA) == (BF16 if asked in ("auto", "bf16") else None)
 
 
 def test_the_cpu_leaves_tf32_alone(tf32: None) -> None:
