@@ -1,6 +1,8 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -318,3 +320,29 @@ class TestCuda:
         first = pgd_step(*args, EPS, STEP)
         for _ in range(100):
             assert_same_bits(pgd_step(*args, EPS, STEP), first)
+
+
+def test_kernels_run_on_torchs_threads() -> None:
+    """No thread is made for them where torch has loaded an OpenMP runtime: its own are awake."""
+    script = """
+import os, torch
+from puat_fast.ops import pgd_step
+torch.set_num_threads(2)
+x = torch.rand(1 << 21)
+x.sin()  # torch's threads are there from here on
+before = len(os.listdir("/proc/self/task"))
+ours = pgd_step(x, x - 0.5, x, 0.1, 0.05)
+print(before, len(os.listdir("/proc/self/task")))
+torch.set_num_threads(1)
+assert torch.equal(ours, pgd_step(x, x - 0.5, x, 0.1, 0.05))
+names = ("libgomp", "libiomp5", "libomp")
+print(any("/torch" in line and any(name in line for name in names) for line in open("/proc/self/maps")))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    counts, has_runtime = done.stdout.splitlines()
+    before, after = counts.split()
+    if has_runtime != "True":
+        pytest.skip("this torch brings no OpenMP runtime")
+    assert int(before) >= 2 and after == before
