@@ -37,7 +37,7 @@ def compile_networks(nets: Networks) -> None:
     """Every network's core by torch.compile; it is compiled when it first runs, once for each way in which it is run.
 
     Shapes are static: a batch of another size is compiled anew. The generated code is cached on disk by torch, so that
-    a second run of the same sizes starts at once.
+    a second run of the same sizes starts in seconds.
     """
     for _, net in nets.items():
         compile_network(net)
