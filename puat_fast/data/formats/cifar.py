@@ -1,7 +1,7 @@
 """The reader that CIFAR-10 and CIFAR-100 share: pickled batches in a folder, or in the .tar.gz read in place.
 
-Sources: the layout of the original distribution (cs.toronto.edu/~kriz/cifar.html). Checksums are not compared:
-re-encoded mirrors and smaller files of the same layout are welcome.
+Sources: the layout of the original distribution (cs.toronto.edu/~kriz/cifar.html). Checksums are not compared here, but
+by `puat-fast data verify`: re-encoded mirrors and smaller files of the same layout are welcome.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from puat_fast.data.formats.base import IMAGE_SHAPE, DataError, Dataset, ImageSet, describe
+from puat_fast.data.formats.base import IMAGE_SHAPE, DataError, Dataset, ImageSet, NotHere, describe
+from puat_fast.data.formats.places import Note, refuse_escape
 from puat_fast.data.formats.unpickle import load_pickle
 
 _PIXELS = int(np.prod(IMAGE_SHAPE))
@@ -51,11 +52,11 @@ class Layout:
         return f"{self.folder}/ with {', '.join(self.required)}, or {self.archive}"
 
 
-def load(layout: Layout, data_dir: str | Path | None) -> Dataset:
-    """Read a dataset from the parent folder, its own folder, or its archive. Raises DataError."""
+def load(layout: Layout, data_dir: str | Path | None, note: Note | None = None) -> Dataset:
+    """Read a dataset from the parent folder, its own folder, or its archive. Raises NotHere, DataError."""
     if data_dir is None:
         raise DataError(f"data_dir: {layout.name} needs the folder that holds {layout.wanted}")
-    place = _locate(layout, Path(data_dir).expanduser())
+    place = locate(layout, Path(data_dir).expanduser())
     try:
         files = _read_folder(layout, place) if place.is_dir() else _read_archive(layout, place)
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
@@ -64,16 +65,20 @@ def load(layout: Layout, data_dir: str | Path | None) -> Dataset:
     if missing:
         found = _found(layout, place)
         raise DataError(f"{place}: {', '.join(missing)} missing: {found}; expected {layout.wanted}")
+    if note is not None:
+        for name, content in files.items():
+            note(f"{place}/{name}", content)
     return Dataset(
         layout.name,
         _class_names(layout, files.get(layout.meta), f"{place}/{layout.meta}"),
         _image_set(layout, files, layout.train, place),
         _image_set(layout, files, layout.test, place),
+        source=str(place),
     )
 
 
-def _locate(layout: Layout, path: Path) -> Path:
-    """The dataset's folder or archive, at or directly below `path`."""
+def locate(layout: Layout, path: Path) -> Path:
+    """The dataset's folder or archive, at or directly below `path`. Raises NotHere, DataError."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -84,7 +89,7 @@ def _locate(layout: Layout, path: Path) -> Path:
         return path
     if (path / layout.archive).is_file():
         return path / layout.archive
-    raise DataError(f"{path}: no {layout.title} here: {_found(layout, path)}; expected {layout.wanted}")
+    raise NotHere(f"{path}: no {layout.title} here: {_found(layout, path)}; expected {layout.wanted}")
 
 
 def _found(layout: Layout, place: Path) -> str:
@@ -106,14 +111,13 @@ def _read_folder(layout: Layout, folder: Path) -> dict[str, bytes]:
 
 
 def _read_archive(layout: Layout, archive: Path) -> dict[str, bytes]:
-    """The dataset's files out of the archive, nothing extracted; links and names that escape are passed over."""
-    files: dict[str, bytes] = {}
+    """The dataset's files out of the archive, nothing extracted; links are passed over, names that escape refused."""
+    files, wanted = dict[str, bytes](), (*layout.required, layout.meta)
     with tarfile.open(archive, "r:*") as tar:
         for member in tar:
+            refuse_escape(archive, member.name)
             path = PurePosixPath(member.name)
-            if not member.isreg() or path.is_absolute() or ".." in path.parts:
-                continue
-            if path.parent.name in ("", layout.folder) and path.name in (*layout.required, layout.meta):
+            if member.isreg() and path.parent.name in ("", layout.folder) and path.name in wanted:
                 content = tar.extractfile(member)
                 if content is not None:
                     files[path.name] = content.read()

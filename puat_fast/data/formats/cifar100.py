@@ -6,6 +6,7 @@ from pathlib import Path
 
 from puat_fast.data.formats import cifar
 from puat_fast.data.formats.base import Dataset
+from puat_fast.data.formats.places import Note
 
 _CLASS_NAMES = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
@@ -31,6 +32,6 @@ LAYOUT = cifar.Layout(
 )
 
 
-def load(data_dir: str | Path | None) -> Dataset:
+def load(data_dir: str | Path | None, note: Note | None = None) -> Dataset:
     """50000 training and 10000 test images (fewer where the files hold fewer), 100 classes. Raises DataError."""
-    return cifar.load(LAYOUT, data_dir)
+    return cifar.load(LAYOUT, data_dir, note)

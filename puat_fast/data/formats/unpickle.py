@@ -1,20 +1,20 @@
 """Read the pickles of CIFAR-like datasets without running any code that they name.
 
 A pickle may call whatever it names. Here it can name only the five globals that numpy arrays are written with, and
-none of them reaches numpy's own reconstruction: arrays are rebuilt below, from bytes, and only as whole numbers.
+none of them reaches numpy's own reconstruction: arrays are rebuilt below, from bytes, and only as plain numbers.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from puat_fast.data.formats.base import DataError
 
-_TYPES = ("u1", "i4", "i8")  # images; labels, where they are an array
+_TYPES = ("u1", "i4", "i8", "f4", "f8")  # images; labels, where they are an array; ImageNet32's mean image
 
 
 class _Refused(pickle.UnpicklingError):
@@ -79,13 +79,15 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
-def load_pickle(data: bytes, file: str) -> dict[bytes, Any]:
+def load_pickle(data: bytes | IO[bytes], file: str) -> dict[bytes, Any]:
     """The dict in a dataset pickle of Python 2 or 3, keys as bytes, arrays as numpy arrays.
 
-    `file` is the name for error messages. Raises DataError where the pickle is broken, names code, or is no dict.
+    data: the pickle, or an open file of it: then a large one is not in memory twice. `file` is the name for error
+    messages. Raises DataError where the pickle is broken, names code, or is no dict.
     """
     try:
-        content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        stream = io.BytesIO(data) if isinstance(data, bytes) else data
+        content = _Unpickler(stream, encoding="bytes").load()
     except _Refused as error:
         raise DataError(f"{file}: refuses to run code: the pickle names {error}") from None
     except Exception as error:  # a broken pickle raises anything: EOFError, KeyError, MemoryError ...
