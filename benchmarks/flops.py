@@ -22,7 +22,7 @@ from puat_fast.networks import Networks
 from puat_fast.noise import Noise
 
 aten = torch.ops.aten
-NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
+NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "svhn": 10, "tiny-imagenet": 10, "imagenet32": 10}
 STEPS_PER_EPOCH = 196  # of CIFAR: what the schedules see
 
 Counts = dict[str, dict[str, float]]

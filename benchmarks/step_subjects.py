@@ -60,7 +60,7 @@ def make_batches(config: Config, device: torch.device, count: int = 2) -> list[S
     """StepBatches gathered by the resident loader: of the dataset's images where they are at hand, else random ones."""
     B = config.schedule.batch_size
     if config.dataset == "digits" or config.data_dir is not None:
-        train = (data := load_dataset(config.dataset, config.data_dir)).train
+        train = (data := load_dataset(config.dataset, config.data_dir, config.data.classes)).train
         images, labels, c = train.images, train.labels, config.data
         split = split_indices(labels, data.num_classes, c.n_labelled, config.seed, c.val_fraction)
         sampler = SemiSupervisedSampler(split.labelled, split.unlabelled, B, config.seed)

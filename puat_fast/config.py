@@ -24,6 +24,7 @@ from typing import Any, Literal
 import yaml
 
 PRESET_DIR = Path(__file__).parent / "presets"
+DatasetName = Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet", "imagenet32", "folder"]
 
 
 class ConfigError(ValueError):
@@ -40,6 +41,8 @@ class DataConfig:
     std: tuple[float, float, float] = (0.2023, 0.1994, 0.2010)  # of the same formula, above 0
     mix_frac: float = 0.9  # f: part of the mixed batch and of D's real batch that is pseudo-labelled
     use_unlabelled: bool = True  # false: PUAT without unlabelled data (x_u := x_l)
+    classes: Literal["paper", "all"] = "paper"  # of tiny-imagenet and imagenet32: the paper's 10, or all 200 and 1000
+    extra_unlabelled: str | None = None  # file of more unlabelled images: DMAT's .npz or RST's .pickle; null: none
 
 
 @dataclass(kw_only=True)
@@ -221,7 +224,7 @@ class Config:
 
     preset: Literal["paper", "official-v1"] = "paper"  # values to start from: the paper's, or the official code's
     method: Literal["puat", "regular"] = "puat"  # PUAT, or the regular training of C alone
-    dataset: Literal["digits", "cifar10", "cifar100"] = "digits"  # digits comes with the package
+    dataset: DatasetName = "digits"  # digits comes with the package; folder: any images in class folders
     data_dir: str | None = None  # folder that holds the dataset's files or archive
     out: str | None = None  # run directory; null: runs/<dataset>-<method>-<preset>-s<seed>
     seed: int = 1  # of the split, of the initial weights and of training

@@ -14,7 +14,7 @@ PRESETS, DATASETS, METHODS = (get_args(KINDS[key]) for key in ("preset", "datase
 # Rows without an option, as those whose option is named in the row above, are left out.
 CODE = {
     "loss.rae_weight_mode": ("additive", "lambda_times"),
-    "loss.gamma": (0.03, {"cifar10": 1.0, "cifar100": 0.03, "digits": 0.03}),
+    "loss.gamma": (0.03, dict.fromkeys(DATASETS, 0.03) | {"cifar10": 1.0, "imagenet32": 1.0}),
     "rae.source": ("mixed",),
     "loss.label_smoothing": (0.1,),
     "uae.project_eps": (8 / 255,),
@@ -39,26 +39,38 @@ CODE = {
     "pretrain.gan_start": (11,),
     "pretrain.exclude_validation": (True, False),
     "val.attack": ("cw-pgd-40",),
-    "gan.width": (256,),
+    "gan.width": (256, dict.fromkeys(DATASETS, 256) | {"tiny-imagenet": 512}),
     "gan.sn_per_class_lookup": (False, True),
 }
 # Bugs of the code that are told elsewhere: spec 1.5, 5.3 and, for N0 of the warm-up, 1.7.
 BUGS = {
     "rae.accuracy_labels": ("y_m", "y_l"),
     "pseudo.relabel_labelled": (False, True),
-    "ema.warmup_images": (None, {"cifar10": 50000, "cifar100": 50000, "digits": 73257}),
+    "ema.warmup_images": (
+        None,
+        dict.fromkeys(DATASETS, 73257) | dict.fromkeys(["cifar10", "cifar100"], 50000) | {"tiny-imagenet": 100000},
+    ),
 }
 # Spec 1.8: what the datasets have of their own.
-OF_DATASET: dict[str, tuple[Any, Any]] = {  # cifar10, cifar100
-    "data.n_labelled": (4000, 10000),
-    "data.val_fraction": (0.2, 0.2),
-    "data.mix_frac": (0.9, 0.6),
-    "loss.consistency_weight": (50, 500),
-    "loss.uae_weight": (10, 10),
-    "loss.rae_weight": (6, 10),
-    "augment.crop_pad": (4, 4),
-    "augment.flip": (True, True),
-    "augment.rotate_deg": (0, 15),
+PAPERS = ("cifar10", "cifar100", "svhn", "tiny-imagenet", "imagenet32")
+OF_DATASET: dict[str, tuple[Any, ...]] = {  # in the order of PAPERS
+    "data.n_labelled": (4000, 10000, 1000, 1000, 1000),
+    "data.val_fraction": (0.2, 0.2, 0.2, 0.2, 0.2),
+    "data.mix_frac": (0.9, 0.6, 0.9, 0.6, 0.5),
+    "loss.consistency_weight": (50, 500, 50, 50, 50),
+    "loss.uae_weight": (10, 10, 10, 10, 10),
+    "loss.rae_weight": (6, 10, 6, 6, 6),
+    "augment.crop_pad": (4, 4, 0, 2, 2),
+    "augment.flip": (True, True, False, True, True),
+    "augment.rotate_deg": (0, 15, 0, 0, 0),
+}
+CIFAR10_STATS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+STATS = {  # spec 1.2: mean, std
+    "cifar10": CIFAR10_STATS,
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": CIFAR10_STATS,
+    "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "imagenet32": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
@@ -98,7 +110,7 @@ def test_official_code_differs_from_the_paper_in_the_rows_of_the_spec(dataset: s
     assert differing == expected | {"preset": "official-v1"}
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])  # digits has sizes of its own
+@pytest.mark.parametrize("dataset", PAPERS)  # digits has sizes of its own
 def test_paper_preset_is_the_default_column_of_the_spec(dataset: str) -> None:
     config = preset("paper", dataset=dataset)
     assert {key: config.get(key) for key in CODE | BUGS} == {key: row[0] for key, row in (CODE | BUGS).items()}
@@ -106,12 +118,14 @@ def test_paper_preset_is_the_default_column_of_the_spec(dataset: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_values_of_the_datasets(name: str) -> None:
-    both = preset(name, dataset="cifar10"), preset(name, dataset="cifar100")
+    configs = [preset(name, dataset=dataset) for dataset in PAPERS]
     for key, values in OF_DATASET.items():
-        assert (key, tuple(config.get(key) for config in both)) == (key, values)
-    assert {key for key in KINDS if both[0].get(key) != both[1].get(key)} - {"dataset", "loss.gamma"} <= {
-        *OF_DATASET, "data.mean", "data.std",
-    }  # fmt: skip
+        assert (key, tuple(config.get(key) for config in configs)) == (key, values)
+    for config in configs:
+        assert (config.data.mean, config.data.std) == STATS[config.dataset]
+        own = {key for key in KINDS if configs[0].get(key) != config.get(key)}
+        code = {"loss.gamma", "ema.warmup_images", "gan.width"} if name == "official-v1" else set()
+        assert own <= {"dataset", *OF_DATASET, "data.mean", "data.std", *code}
 
 
 def test_the_defaults_are_the_papers_cifar10() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from puat_fast.config import ConfigError
-from puat_fast.data.formats.base import DataError
+from puat_fast.config import ConfigError, DataConfig
+from puat_fast.data.formats import DataError, Dataset, ImageSet, load_generated
 
 IntArray = npt.NDArray[np.int64]
 
@@ -58,3 +58,20 @@ def split_indices(labels: IntArray, num_classes: int, n_labelled: int, seed: int
         validation=np.concatenate([indices[:n_val] for indices in labelled]),
         labelled_all=np.concatenate(labelled),
     )
+
+
+def training_set(dataset: Dataset, config: DataConfig, seed: int) -> tuple[ImageSet, Split]:
+    """The training images and their split, as configured; a file of more unlabelled images comes behind the others.
+
+    Of that file only the images are used: its labels are -1 here. Raises ConfigError, DataError.
+    """
+    train = dataset.train
+    split = split_indices(train.labels, dataset.num_classes, config.n_labelled, seed, config.val_fraction)
+    if config.extra_unlabelled is None:
+        return train, split
+    extra = load_generated(config.extra_unlabelled)
+    n = len(train)
+    images = np.concatenate([train.images, extra.images])
+    labels = np.concatenate([train.labels, np.full(len(extra), -1, np.int64)])
+    more = np.arange(n, n + len(extra), dtype=np.int64)
+    return ImageSet(images, labels), replace(split, unlabelled=np.concatenate([split.unlabelled, more]))

@@ -20,7 +20,7 @@ from puat_fast.data.batch import StepBatch
 from puat_fast.data.formats import Dataset, load_dataset
 from puat_fast.data.loaders.resident import ResidentLoader
 from puat_fast.data.sampler import BatchSampler, LabelledSampler, SemiSupervisedSampler, ShardedSampler
-from puat_fast.data.splits import Split, split_indices
+from puat_fast.data.splits import Split, training_set
 from puat_fast.engine import distributed, precision
 from puat_fast.engine.samples import sample_rows
 from puat_fast.engine.signals import StopSignal
@@ -123,11 +123,10 @@ class Trainer:
         self.device, self.dtype = resolve_device(config.device), precision.dtype(config.precision)
         if distributed.world_size() > 1 and self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.dataset = dataset if dataset is not None else load_dataset(config.dataset, config.data_dir)
-        train = self.dataset.train
-        self.split = split_indices(
-            train.labels, self.dataset.num_classes, config.data.n_labelled, config.seed, config.data.val_fraction
-        )
+        if dataset is None:
+            dataset = load_dataset(config.dataset, config.data_dir, config.data.classes)
+        self.dataset = dataset
+        self.train, self.split = training_set(dataset, config.data, config.seed)
         _check_split(self.split, config)
         if noise is None:
             noise = Noise(_stream(config.seed, NOISE_STREAM, distributed.rank()), self.device, self.dtype)
@@ -138,7 +137,7 @@ class Trainer:
         self.engine.on_step = on_step
         self.given_loader, self.best = loader, Best()
         self.loader = self._make_loader()
-        self.val = _tensors(train.images, train.labels, self.split.validation)
+        self.val = _tensors(self.train.images, self.train.labels, self.split.validation)
         self.test = _tensors(self.dataset.test.images, self.dataset.test.labels, None)
         path = Path(resume) if resume not in (None, "auto") and config.out is None else run_path(config)
         main = distributed.is_main()
@@ -271,7 +270,7 @@ class Trainer:
             sampler = SemiSupervisedSampler(labelled, unlabelled, c.schedule.batch_size, seed)
         if distributed.world_size() > 1:
             sampler = ShardedSampler(sampler, distributed.rank(), distributed.world_size())
-        return ResidentLoader(self.dataset.train.images, self.dataset.train.labels, sampler, self.device, self.dtype)
+        return ResidentLoader(self.train.images, self.train.labels, sampler, self.device, self.dtype)
 
     def _accuracy(self, data: tuple[Tensor, Tensor], robust: bool = False) -> float:
         """Accuracy of C', under the validation attack if `robust`."""

@@ -53,9 +53,11 @@ def evaluate_run(
         C.set_fold_bn(True)
         compiling.compile_network(C)
     config_file = path / "config.yaml"
-    if data_dir is None and config_file.exists():
-        data_dir = Config.load(config_file).data_dir
-    data = load_dataset(dataset or metadata["dataset"], data_dir)
+    classes = "paper"
+    if config_file.exists():
+        config = Config.load(config_file)
+        data_dir, classes = data_dir or config.data_dir, config.data.classes
+    data = load_dataset(dataset or metadata["dataset"], data_dir, classes)
     if data.num_classes != C.num_classes:
         raise ConfigError(f"dataset: {data.name} has {data.num_classes} classes, the classifier {C.num_classes}")
     images, labels = torch.tensor(data.test.images)[:n], torch.tensor(data.test.labels)[:n]

@@ -32,7 +32,7 @@ def generate_run(path: Path, grid: Path, per_class: int, seed: int, device: str)
         raise ConfigError(f"{path}: a run of method {config.method} has no generator, only puat has one")
     best = path / "checkpoints" / "best.pt"
     state = checkpoint.load(best if best.exists() else path / "checkpoints" / "last.pt")
-    dataset = load_dataset(config.dataset, config.data_dir)
+    dataset = load_dataset(config.dataset, config.data_dir, config.data.classes)
     noise = Noise(seed, resolve_device(device), precision.dtype(config.precision))
     nets = Networks.build(config, dataset.num_classes, noise)
     try:

@@ -20,22 +20,26 @@ _ROWS = 16384  # of a part: 48 MiB
 WANTED = ".npz with image and label, or .pickle with data and extrapolated_targets"
 
 
-def load_generated(file: str | Path, num_classes: int) -> ImageSet:
-    """Images with the labels that came with them, 0 .. num_classes - 1; a million take 3 GB. Raises DataError."""
+def load_generated(file: str | Path, num_classes: int | None = None) -> ImageSet:
+    """Images with the labels that came with them, from 0, and below `num_classes` if that is given; a million are 3 GB.
+
+    Raises DataError.
+    """
     file = Path(file).expanduser()
     if not file.is_file():
         raise DataError(f"{file}: no such file; expected {WANTED}")
+    last = np.iinfo(np.int32).max if num_classes is None else num_classes - 1
     if file.suffix == ".npz":
-        return _npz(file, num_classes)
+        return _npz(file, last)
     if file.suffix in (".pickle", ".pkl", ".p"):
-        return _pickle(file, num_classes)
+        return _pickle(file, last)
     raise DataError(f"{file}: {file.suffix or 'no suffix'}; expected {WANTED}")
 
 
-def _npz(file: Path, num_classes: int) -> ImageSet:
+def _npz(file: Path, last: int) -> ImageSet:
     try:
         with file.open("rb") as raw:
-            labels = check_labels(read_npz(file, raw, ["label"])[0], 0, num_classes - 1, str(file))
+            labels = check_labels(read_npz(file, raw, ["label"])[0], 0, last, str(file))
     except OSError as error:
         raise broken(file, error) from error
     images, done = np.empty((len(labels), *IMAGE_SHAPE), np.uint8), 0
@@ -46,14 +50,14 @@ def _npz(file: Path, num_classes: int) -> ImageSet:
     return _checked(ImageSet(images, labels), done, file)
 
 
-def _pickle(file: Path, num_classes: int) -> ImageSet:
+def _pickle(file: Path, last: int) -> ImageSet:
     with file.open("rb") as raw:
         content = load_pickle(raw, str(file))
     for key in (b"data", b"extrapolated_targets"):
         if not isinstance(content.get(key), np.ndarray):
             raise DataError(f"{file}: {key!r} is {_found(content, key)}, expected an array")
     images = to_32(content[b"data"], str(file))
-    labels = check_labels(content[b"extrapolated_targets"], 0, num_classes - 1, str(file))
+    labels = check_labels(content[b"extrapolated_targets"], 0, last, str(file))
     if len(labels) != len(images):
         raise DataError(f"{file}: {len(labels)} labels for {len(images)} images")
     return _checked(ImageSet(images, labels), len(images), file)
