@@ -1,4 +1,4 @@
-"""The command line: `puat-fast train | eval | generate | bench | info`.
+"""The command line: `puat-fast train | eval | generate | data | bench | info`.
 
 torch is imported by what needs it, after all options are known to be good.
 """
@@ -6,46 +6,41 @@ torch is imported by what needs it, after all options are known to be good.
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import os
-import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
-from puat_fast import __version__, bench, files, info
+from puat_fast import __version__, bench, data_verbs, files, info
 from puat_fast.config import Config, ConfigError, option_types
 from puat_fast.evaluation.names import ACCEPTED, AttackSpec, parse_attacks
 from puat_fast.options import ConfigParser, parse_options
 from puat_fast.runlog import ProgressLine, RunError
+from puat_fast.terminal import (
+    DEBUG,
+    Formatter,
+    Parser,
+    add_device,
+    add_json,
+    add_verb,
+    at_least,
+    check_target,
+    spelled,
+    table,
+    write_json,
+)  # fmt: skip
 
 DATASETS = get_args(option_types()["dataset"])
 TRAIN = "train a classifier; without options: the embedded digits"
-DEBUG = "on an error, show where it happened"
 EVAL_KEYS = """\
 keys of the JSON file:
   run, dataset  what was evaluated, and on what
   n, seed       number of test images, seed of the attacks
   attacks       name of each -> accuracy (0 to 1), wilson95: its 95 % interval [low, high], correct, n, seconds,
                 eps, step_size (images are in [0, 1]), num_steps"""
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str, **kwargs: Any) -> None:
-        super().__init__(prog, max_help_position=42, **kwargs)
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are ConfigErrors, told by main in one line."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,27 +104,9 @@ def _fail(argv: Sequence[str], message: str, code: int) -> int:
     return code
 
 
-def _spelled(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """The arguments, flags spelled as they are declared: - and _ are alike. Raises ConfigError for unknown flags."""
-    known = {flag.replace("-", "_"): flag for flag in parser._option_string_actions if flag.startswith("--")}
-    spelled: list[str] = []
-    for token in argv:
-        if re.match(r"-[\d.]", token) and spelled and spelled[-1].startswith("--") and "=" not in spelled[-1]:
-            spelled[-1] += f"={token}"  # a negative number, 8/255 too, which argparse would take for a flag
-            continue
-        flag, equals, value = token.partition("=")
-        name = flag.replace("-", "_")
-        if flag.startswith("--") and name not in known:
-            # --eps for --attack.eps: the group forgotten is the likeliest mistake
-            close = [full for full in known if full.endswith(f".{name[2:]}")] or difflib.get_close_matches(name, known)
-            raise ConfigError(f"{flag}: no such option" + (f"; did you mean {known[close[0]]}?" if close else ""))
-        spelled.append(known[name] + equals + value if flag.startswith("--") else token)
-    return spelled
-
-
 def _run_verb(argv: Sequence[str]) -> int:
     """Run any verb but train, which has a parser of its own; also --help, --version, and no verb."""
-    parser = _Parser(
+    parser = Parser(
         prog="puat-fast",
         description="Train image classifiers that withstand restricted and unrestricted adversarial examples (PUAT).",
         epilog="`puat-fast VERB --help` tells the options of a verb.\n"
@@ -138,24 +115,13 @@ def _run_verb(argv: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=f"puat-fast {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, title="verbs")
     verbs.add_parser("train", help=TRAIN)
-    for add in (_add_eval, _add_generate, _add_bench, _add_info):
+    for add in (_add_eval, _add_generate, data_verbs.add, _add_bench, _add_info):
         add(verbs)
-    if argv and argv[0] in verbs.choices and argv[0] != "bench":  # whose options are its scripts'
-        argv = [argv[0], *_spelled(argv[1:], verbs.choices[argv[0]])]
+    if argv[:1] != ["bench"]:  # whose options are its scripts'
+        argv = spelled(argv, parser)
     options = parser.parse_args(argv)
     code: int = options.run(options)
     return code
-
-
-def _add_verb(
-    verbs: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, usage: str, epilog: str = ""
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=text, description=text, usage=f"puat-fast {name} {usage}", epilog=epilog
-    )
-    parser.add_argument("--debug", action="store_true", help=DEBUG)
-    parser.set_defaults(run=run)
-    return parser
 
 
 # train
@@ -164,7 +130,7 @@ def _add_verb(
 def _train_parser(defaults: Config) -> ConfigParser:
     parser = ConfigParser(
         defaults, prog="puat-fast train", usage="puat-fast train [--config FILE] [options]", description=TRAIN,
-        formatter_class=_Formatter,
+        formatter_class=Formatter,
         epilog="Every option is also a key of the YAML file; - and _ are alike in flags. Later wins: the preset with\n"
         "its sections for dataset and method, the YAML file, the flags. The defaults above are those of the preset,\n"
         "dataset and method that you named. Numbers may be written as fractions: 8/255.",
@@ -179,7 +145,7 @@ def _train_parser(defaults: Config) -> ConfigParser:
 
 
 def _train(argv: Sequence[str]) -> int:
-    config, options = parse_options(_spelled(argv, _train_parser(Config())), _train_parser)
+    config, options = parse_options(spelled(argv, _train_parser(Config())), _train_parser)
     if options.print_config:
         print(files.dump_yaml(config.to_dict()), end="")
         return 0
@@ -193,7 +159,7 @@ def _train(argv: Sequence[str]) -> int:
         if not distributed.is_main():
             return 0
     rows = [[name, f"{100 * accuracy:.2f}"] for name, accuracy in result.summary.items()]
-    _table(f"{config.dataset} test images, teacher C'", ["attack", "accuracy %"], rows)
+    table(f"{config.dataset} test images, teacher C'", ["attack", "accuracy %"], rows)
     grids = sorted((result.path / "samples").glob("*.png"), key=lambda grid: grid.stat().st_mtime)
     for file in (*grids[-1:], result.path / "curves.png", result.path / "classifier.safetensors"):
         if file.exists():
@@ -205,7 +171,7 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def _add_eval(verbs: Any) -> None:
-    parser = _add_verb(
+    parser = add_verb(
         verbs, "eval", _eval, "measure a classifier's accuracy under attacks", "RUN_OR_FILE [options]", EVAL_KEYS
     )
     parser.add_argument("path", metavar="RUN_OR_FILE", type=Path, help="run directory, or a .safetensors file")
@@ -213,22 +179,22 @@ def _add_eval(verbs: Any) -> None:
     parser.add_argument(
         "--attacks", default=attacks, metavar="NAMES", help=f"accepted: {ACCEPTED} (default: %(default)s)"
     )
-    parser.add_argument("--n", type=_at_least(1), metavar="N", help="first N test images (default: all)")
-    parser.add_argument("--batch-size", type=_at_least(1), default=256, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--n", type=at_least(1), metavar="N", help="first N test images (default: all)")
+    parser.add_argument("--batch-size", type=at_least(1), default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--engine", choices=("auto", "eager", "compiled"), default="auto",
         help="compiled: torch.compile, BatchNorm folded; auto: compiled on a GPU (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--dataset", choices=DATASETS, help="other test images than the run's own")
     parser.add_argument("--data-dir", metavar="TEXT", help="folder that holds the dataset's files (default: the run's)")
-    _add_device(parser)
-    _add_json(parser)
+    add_device(parser)
+    add_json(parser)
 
 
 def _eval(options: argparse.Namespace) -> int:
     attacks = parse_attacks(options.attacks)
-    _check_target(options.json)
+    check_target(options.json)
     if not options.path.exists():
         raise FileNotFoundError(f"{options.path}: no such run directory or file")
     from puat_fast.evaluation.evaluate import evaluate_run
@@ -244,11 +210,11 @@ def _eval(options: argparse.Namespace) -> int:
         low, high = found["wilson95"] = wilson_interval(found["correct"], found["n"])
         interval = f"{100 * low:.2f} - {100 * high:.2f}"
         rows.append([name, f"{100 * found['accuracy']:.2f}", interval, str(found["n"]), f"{found['seconds']:.1f}"])
-    _table(f"{result['run']} on {result['dataset']}", ["attack", "accuracy %", "95 % interval", "n", "seconds"], rows)
-    _write_json(options.json, result)
+    table(f"{result['run']} on {result['dataset']}", ["attack", "accuracy %", "95 % interval", "n", "seconds"], rows)
+    write_json(options.json, result)
     if options.path.is_dir():
         try:
-            _write_json(_eval_file(options, attacks), result)
+            write_json(_eval_file(options, attacks), result)
         except OSError as error:  # somebody else's run
             print(f"puat-fast: not kept in the run: {error.filename}: {error.strerror}", file=sys.stderr)
     return 0
@@ -293,20 +259,20 @@ def wilson_interval(correct: int, n: int) -> list[float]:
 
 
 def _add_generate(verbs: Any) -> None:
-    parser = _add_verb(
+    parser = add_verb(
         verbs, "generate", _generate, "show what G draws, and what C says of it", "RUN --grid FILE.png [options]"
     )
     parser.add_argument("path", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--grid", type=Path, required=True, metavar="FILE.png", help="where the picture goes")
     parser.add_argument(
-        "--per-class", type=_at_least(1), default=1, metavar="N", help="images of each class (default: %(default)s)"
+        "--per-class", type=at_least(1), default=1, metavar="N", help="images of each class (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of z (default: %(default)s)")
-    _add_device(parser)
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of z (default: %(default)s)")
+    add_device(parser)
 
 
 def _generate(options: argparse.Namespace) -> int:
-    _check_target(options.grid)
+    check_target(options.grid)
     if options.grid.suffix != ".png":
         raise ConfigError(f"grid: {options.grid} does not end in .png")
     if not options.path.is_dir():
@@ -320,7 +286,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _add_bench(verbs: Any) -> None:
     text = "measure how fast this machine is at what training does"
-    parser = _add_verb(verbs, "bench", _bench, text, "NAME [options of NAME]", bench.HELP)
+    parser = add_verb(verbs, "bench", _bench, text, "NAME [options of NAME]", bench.HELP)
     parser.add_argument("name", metavar="NAME", help=f"{', '.join(bench.SCRIPTS)}: see below")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="those of NAME")
 
@@ -332,63 +298,15 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _add_info(verbs: Any) -> None:
     text = "what was built and found, and why a fast path is off"
-    _add_json(_add_verb(verbs, "info", _info, text, "[options]", info.KEYS))
+    add_json(add_verb(verbs, "info", _info, text, "[options]", info.KEYS))
 
 
 def _info(options: argparse.Namespace) -> int:
-    _check_target(options.json)
+    check_target(options.json)
     found = info.collect()
     paths = found["fast_paths"]
     print(files.dump_yaml({key: value for key, value in found.items() if key != "fast_paths"}), end="")
     rows = [[name, "on" if path["on"] else "off", path["why"]] for name, path in paths.items()]
-    _table("", ["fast path", "", "why"], rows)
-    _write_json(options.json, found)
+    table("", ["fast path", "", "why"], rows)
+    write_json(options.json, found)
     return 0
-
-
-# shared
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what the screen shows; keys below")
-
-
-def _at_least(low: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {low}")
-        return int(text)
-
-    return parse
-
-
-def _check_target(file: Path | None) -> None:
-    """Before the work, not after it: can the file be written? Raises ConfigError."""
-    if file is not None and file.is_dir():
-        raise ConfigError(f"{file}: is a folder, not a file to write")
-    if file is not None and not os.access(file.absolute().parent, os.W_OK):
-        raise ConfigError(f"{file}: cannot be written: no such folder, or no right to write there")
-
-
-def _write_json(file: Path | None, value: Any) -> None:
-    if file is not None:
-        files.write_json(file, value)
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if title:  # not the table's own title, which is wrapped to the width of the table
-        console.print(title, soft_wrap=True, markup=False, highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)

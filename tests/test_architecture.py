@@ -21,6 +21,7 @@ RANKS = {
     "methods": 6,
     "engine": 7,
     "evaluation": 8, "testing": 8,
+    "terminal": 4, "data_verbs": 5,
     "cli": 9,
     "__main__": 10,
 }  # fmt: skip
