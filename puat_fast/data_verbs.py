@@ -95,7 +95,8 @@ def _verify(options: argparse.Namespace) -> int:
     terminal.check_target(options.json)
     findings = verify(options.dataset, options.data_dir, options.classes)
     good = all(finding.good for finding in findings)
-    terminal.table("", ["file", "state", ""], [[f.file, f.state, f.detail] for f in findings])
+    for finding in findings:  # no table: paths are to be copied whole
+        print(f"{finding.state:9} {finding.file}" + (f": {finding.detail}" if finding.detail else ""))
     rows = [vars(finding) for finding in findings]
     result = {"dataset": options.dataset, "data_dir": options.data_dir, "good": good, "files": rows}
     terminal.write_json(options.json, result)
@@ -119,6 +120,8 @@ def _info(options: argparse.Namespace) -> int:
     counts = zip(found["class_names"], found["train"]["per_class"], found["test"]["per_class"], strict=True)
     plain = {key: value for key, value in found.items() if key != "class_names"}
     plain |= {part: found[part]["images"] for part in ("train", "test")}
+    plain |= {part: " ".join(f"{value:.4f}" for value in found[part]) for part in ("mean", "std")}
+    plain["configured"] = {part: " ".join(map(str, values)) for part, values in found["configured"].items()}
     print(files.dump_yaml(plain), end="")
     terminal.table("", ["class", "training images", "test images"], [[name, str(a), str(b)] for name, a, b in counts])
     if options.grid is not None:

@@ -15,17 +15,22 @@ keys of the JSON file:
   dataset, source     its name, and where it was read from
   num_classes, class_names
   train, test         images: number of them; per_class: number of each class
-  split               n_labelled, val_fraction, seed that were asked for -> labelled, validation, unlabelled images, and
-                      steps: training steps per epoch
+  split               n_labelled, val_fraction, seed that were asked for -> labelled, validation, unlabelled images;
+                      impossible: why there is none
   mean, std           of the training images' pixels in [0, 1], by channel: red, green, blue
   configured          mean, std with which C normalises, by the preset"""
 _ROWS = 16384
 
 
 def describe(dataset: Dataset, config: Config) -> dict[str, Any]:
-    """As plain values; `KEYS` documents them. Raises ConfigError where the split that is asked for cannot be made."""
+    """As plain values; `KEYS` documents them."""
     data = config.data
-    _, split = training_set(dataset, data, config.seed)
+    asked = {"n_labelled": data.n_labelled, "val_fraction": data.val_fraction, "seed": config.seed}
+    try:
+        _, split = training_set(dataset, data, config.seed)
+        parts: dict[str, Any] = {name: len(getattr(split, name)) for name in ("labelled", "validation", "unlabelled")}
+    except ValueError as error:  # too many labels asked for, or a class that is empty: the rest can be told
+        parts = {"impossible": str(error)}
     mean, std = statistics(dataset.train)
     return {
         "dataset": dataset.name,
@@ -34,10 +39,7 @@ def describe(dataset: Dataset, config: Config) -> dict[str, Any]:
         "class_names": list(dataset.class_names),
         "train": _counts(dataset.train, dataset.num_classes),
         "test": _counts(dataset.test, dataset.num_classes),
-        "split": {
-            "n_labelled": data.n_labelled, "val_fraction": data.val_fraction, "seed": config.seed,
-            "labelled": len(split.labelled), "validation": len(split.validation), "unlabelled": len(split.unlabelled),
-        },
+        "split": asked | parts,
         "mean": mean, "std": std,
         "configured": {"mean": list(data.mean), "std": list(data.std)},
     }  # fmt: skip

@@ -49,18 +49,20 @@ def verify(name: str, data_dir: str | Path | None, classes: str = "paper") -> li
     path = None if data_dir is None else Path(data_dir).expanduser()
     if path is not None and (file := prepared.json_file(name, classes, path)).is_file():
         findings.append(_prepared(file))
-        try:
-            files = list(_published(name, path))
-        except NotHere:  # the prepared file is all that there is
-            return findings
-    else:
-        files = [] if path is None else list(_published(name, path))
-    findings += [_compared(name, file) for file in files]
+    try:
+        findings += [_compared(name, file) for file in ([] if path is None else _published(name, path))]
+    except NotHere:
+        if not findings:
+            raise
     missing = {finding.file for finding in findings if finding.state == "missing"}
     if missing:  # what is missing is told, and nothing can be read as a whole
         return findings
     try:
         dataset = read_dataset(name, data_dir, classes)
+    except NotHere:
+        if not findings:
+            raise
+        return findings  # the prepared file is all that there is
     except BrokenFiles as error:
         return findings + [Finding(*_named(told)) for told in error.files]
     except DataError as error:

@@ -27,9 +27,8 @@ def load(data_dir: str | Path | None = None) -> Dataset:
     # Every fifth image of the list sorted by class: stratified, and no random generator that could change.
     is_test = np.zeros(len(labels), bool)
     is_test[np.argsort(labels, kind="stable")[::TEST_EVERY]] = True
-    return Dataset(
-        "digits", CLASS_NAMES, ImageSet(images[~is_test], labels[~is_test]), ImageSet(images[is_test], labels[is_test])
-    )
+    train, test = (ImageSet(images[part], labels[part]) for part in (~is_test, is_test))
+    return Dataset("digits", CLASS_NAMES, train, test, source="scikit-learn")
 
 
 def _enlarge(scans: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
