@@ -140,6 +140,11 @@ def _train_parser(defaults: Config) -> ConfigParser:
     parser.add_argument(
         "--resume", metavar="auto|DIR", help="auto: continue the run at --out, if there is one; DIR: continue that run"
     )
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="get the dataset's published archive into --data-dir, if it is not there",
+    )
     parser.add_argument("--print-config", action="store_true", help="print all options as YAML, and exit")
     return parser
 
@@ -155,6 +160,8 @@ def _train(argv: Sequence[str]) -> int:
     from puat_fast.engine.trainer import Trainer
 
     with distributed.process_group(config.device):
+        if options.download:
+            distributed.on_main(lambda: _fetch(config))
         result = Trainer(config, resume=options.resume).fit()
         if not distributed.is_main():
             return 0
@@ -165,6 +172,12 @@ def _train(argv: Sequence[str]) -> int:
         if file.exists():
             print(file)
     return 0
+
+
+def _fetch(config: Config) -> None:
+    from puat_fast.data.download import fetch
+
+    fetch(config.dataset, config.data_dir or ".")
 
 
 # eval, generate, info

@@ -73,6 +73,17 @@ def test_defaults_are_the_presets(trainer: Trained) -> None:
     assert trained_config(trainer) == Config.preset("paper")
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_downloads_only_when_asked(trainer: Trained, monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
+    from puat_fast.data import download
+
+    fetched: list[tuple[str, str]] = []
+    monkeypatch.setattr(download, "fetch", lambda *what: fetched.append(what))
+    config = trained_config(trainer, "--dataset", "svhn", "--data-dir", "d", *["--download"] * asked)
+    assert fetched == [("svhn", "d")] * asked
+    assert config == Config.preset("paper", dataset="svhn", data_dir="d")  # no option of the run
+
+
 def test_later_wins_preset_yaml_flags(trainer: Trained, tmp_path: Path) -> None:
     file = tmp_path / "my.yaml"
     file.write_text("dataset: cifar100\nloss: {rae_weight: 3, gamma: 0.5}\naugment.flip: false\n")
