@@ -54,9 +54,10 @@ def locate(path: Path, note: Note | None = None) -> tuple[Place, str | None]:
         path = path.parent
     places = [open_place(path, note)]
     if path.is_dir():
-        # The usual names first, then whatever else looks like it: people rename the folder, or unpack it into itself.
-        inner = sorted((name for name in places[0].folders()), key=lambda name: (name != FOLDER, "tiny" not in name))
-        places += [Folder(path / name, note) for name in inner if name == FOLDER or "tiny" in name.lower()]
+        # Folders of that name come first: beside them there may be somebody else's train/ and val/. People rename the
+        # folder, or unpack it into itself.
+        inner = sorted(places[0].folders(), key=lambda name: name != FOLDER)
+        places[:0] = [Folder(path / name, note) for name in inner if "tiny" in name.lower()]
         places += [open_place(path / ARCHIVE, note)] if (path / ARCHIVE).is_file() else []
     for place in places:
         if set(NPZ) <= set(place.files()):
