@@ -50,13 +50,10 @@ def verify(name: str, data_dir: str | Path | None, classes: str = "paper") -> li
     if path is not None and (file := prepared.json_file(name, classes, path)).is_file():
         findings.append(_prepared(file))
     try:
-        findings += [_compared(name, file) for file in ([] if path is None else _published(name, path))]
+        findings += [_compared(name, file) for file in ([] if path is None else _published(name, path, classes))]
     except NotHere:
         if not findings:
             raise
-    missing = {finding.file for finding in findings if finding.state == "missing"}
-    if missing:  # what is missing is told, and nothing can be read as a whole
-        return findings
     try:
         dataset = read_dataset(name, data_dir, classes)
     except NotHere:
@@ -66,6 +63,8 @@ def verify(name: str, data_dir: str | Path | None, classes: str = "paper") -> li
     except BrokenFiles as error:
         return findings + [Finding(*_named(told)) for told in error.files]
     except DataError as error:
+        if any(finding.state == "missing" for finding in findings):  # which is why
+            return findings
         return [*findings, Finding(str(data_dir), "broken", str(error))]
     counts = f"{len(dataset.train)} training and {len(dataset.test)} test images, {dataset.num_classes} classes"
     return [*findings, Finding(dataset.source or name, "ok", f"read: {counts}")]
@@ -85,7 +84,7 @@ def _prepared(file: Path) -> Finding:
     return Finding(str(file), "ok", "sha256 agrees")
 
 
-def _published(name: str, path: Path) -> Iterator[Path]:
+def _published(name: str, path: Path, classes: str) -> Iterator[Path]:
     """The files that make up the dataset in the layout that it has at `path`, there or not. Raises NotHere."""
     if name in ("cifar10", "cifar100"):
         layout = {"cifar10": cifar10.LAYOUT, "cifar100": cifar100.LAYOUT}[name]
@@ -113,12 +112,13 @@ def _published(name: str, path: Path) -> Iterator[Path]:
         elif tiny.path.is_file():
             yield tiny.path
         else:
-            yield from _absent(tiny, top)
+            yield from _absent(tiny, top, classes)
 
 
-def _absent(tiny: Place, top: str) -> Iterator[Path]:
+def _absent(tiny: Place, top: str, classes: str) -> Iterator[Path]:
     """Training images of Tiny ImageNet that are not in their folder: their names are numbered."""
-    for wnid in tiny.folders(f"{top}train"):
+    papers = [wnid for wnid, _ in tiny_imagenet.PAPER_CLASSES.values()]
+    for wnid in papers if classes == "paper" else tiny.folders(f"{top}train"):
         there = images_of(tiny, f"{top}train/{wnid}")
         folder = there[0].rpartition("/")[0] if there else f"{top}train/{wnid}/images"
         names = {image.rpartition("/")[2] for image in there}
