@@ -128,7 +128,8 @@ class ConsistencyConfig:
 class AugmentConfig:
     """C's own augmentation.
 
-    where: classifier: anew in each train-mode forward of C, as the official code; loader: once per step, C's batch only.
+    where: classifier: anew in each train-mode forward of C, as the official code;
+    loader: once per step, C's batch only.
     """
 
     crop_pad: int = 4  # pixels of zero padding before the random 32 x 32 crop; 0: no crop

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from puat_fast.data.sampler import BatchSampler, IndexBatch, LabelledSampler, SemiSupervisedSampler, ShardedSampler
 
 __all__ = [
-    "Augmentation", "BatchSampler", "DataError", "Dataset", "DiscBatch", "ImageSet", "IndexBatch", "LabelledSampler", "Loader",
-    "ResidentLoader", "SemiBatch", "SemiSupervisedSampler", "ShardedSampler", "Split", "StepBatch", "load_dataset",
-    "make_loader", "split_indices",
+    "Augmentation", "BatchSampler", "DataError", "Dataset", "DiscBatch", "ImageSet", "IndexBatch", "LabelledSampler",
+    "Loader", "ResidentLoader", "SemiBatch", "SemiSupervisedSampler", "ShardedSampler", "Split", "StepBatch",
+    "load_dataset", "make_loader", "split_indices",
 ]  # fmt: skip
 
 _NEED_TORCH = {

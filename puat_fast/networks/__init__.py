@@ -80,7 +80,10 @@ class Networks:
 
 
 def build_classifier(config: Config, num_classes: int, noise: Noise | None = None) -> Classifier:
-    """C as configured; with `noise`, train mode augments, unless the loader does. Weights are drawn from torch's global generator."""
+    """C as configured; with `noise`, train mode augments, unless the loader does.
+
+    Weights are drawn from torch's global generator.
+    """
     a = config.augment
     augment = None
     if noise is not None and a.where == "classifier" and (a.crop_pad or a.flip or a.rotate_deg):

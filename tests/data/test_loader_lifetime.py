@@ -52,7 +52,8 @@ def test_nothing_is_left_after_close(kind, idle):
 
 def break_it(kind, made, monkeypatch):
     if kind == "stream":
-        monkeypatch.setattr(stream.np, "take", lambda *a, **k: None[0])
+        made._gone = None
+        monkeypatch.setattr(stream.np, "take", lambda *a, **k: made._gone[0])
     elif kind == "torch":
         made._dataset.images = None
     else:
@@ -73,7 +74,7 @@ def test_an_error_beside_surfaces_and_leaves_nothing(kind, idle, monkeypatch):
         assert_same(made.next_step(1), straight.next_step(1))
         made.close()
         break_it(kind, made, monkeypatch)
-        with pytest.raises(TypeError, match="NoneType.* not subscriptable"):  # its own error, in the step that asks
+        with pytest.raises(TypeError, match=r"NoneType.* not subscriptable"):  # its own error, in the step that asks
             made.next_step(1)
         assert settled(idle)
         mend_it(kind, made, monkeypatch)

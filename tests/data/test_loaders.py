@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 from loader_cases import (
-    B, IMAGES, KINDS, LABELS, PREFETCHING, assert_same, augmentation, loader, sampler, tensors,
+    IMAGES,
+    KINDS,
+    LABELS,
+    PREFETCHING,
+    B,
+    assert_same,
+    augmentation,
+    loader,
+    sampler,
+    tensors,
 )  # fmt: skip
 from scipy.stats import chisquare
 

@@ -1,54 +1,10 @@
-"""Loaders: each offers `next_step(n_disc) -> StepBatch`, and all of them the same batches, bit for bit (base.py)."""
+"""Loaders: each offers `next_step(n_disc) -> StepBatch`, and all of them the same batches, bit for bit (base.py).
 
-from __future__ import annotations
+No code here: in this module the name `torch` is that of the loader, once it is imported.
+"""
 
-import importlib
-from collections.abc import Callable
-
-import numpy as np
-import numpy.typing as npt
-import torch
-
-from puat_fast.config import ConfigError
 from puat_fast.data.loaders.base import BaseLoader, Loader
+from puat_fast.data.loaders.make import KINDS, choose, make_loader
 from puat_fast.data.loaders.plan import Augmentation
-from puat_fast.data.sampler import BatchSampler, ShardedSampler
 
 __all__ = ["KINDS", "Augmentation", "BaseLoader", "Loader", "choose", "make_loader"]
-
-KINDS = {"resident": "ResidentLoader", "stream": "StreamLoader", "dali": "DaliLoader", "torch": "TorchLoader"}
-"""Name, which is that of its module too -> class."""
-
-SHARE = 0.25
-"""Part of a GPU's free memory that the images may take: a step's activations want the rest."""
-
-
-def choose(
-    nbytes: int,
-    device: torch.device,
-    memory: Callable[[torch.device], tuple[int, int]] = torch.cuda.mem_get_info,
-) -> str:
-    """What `auto` is: resident, which is the fastest, or stream where nbytes of images leave a GPU too little room.
-
-    memory: bytes of the device, (free, total).
-    """
-    return "stream" if device.type == "cuda" and nbytes > SHARE * memory(device)[0] else "resident"
-
-
-def make_loader(
-    kind: str,
-    images: npt.NDArray[np.uint8],
-    labels: npt.NDArray[np.int64],
-    sampler: BatchSampler | ShardedSampler,
-    device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
-    augment: Augmentation | None = None,
-) -> Loader:
-    """A loader by its name, or `auto`; arguments as BaseLoader's. Raises ConfigError, ValueError."""
-    if kind == "auto":
-        kind = choose(images.nbytes, torch.device(device))
-    if kind not in KINDS:
-        raise ConfigError(f"loader: {kind!r} is not one of auto, {', '.join(KINDS)}")
-    module = importlib.import_module(f"{__name__}.{kind}")
-    loader: Loader = getattr(module, KINDS[kind])(images, labels, sampler, device, dtype, augment)
-    return loader

@@ -92,7 +92,7 @@ class DaliLoader(PrefetchingLoader):
         d = plan.draws or Draws(0)
         rows: list[npt.NDArray[Any]] = [self._images[plan.indices]]
         if d.top_left is not None:
-            rows += [np.float32(offset / (2 * d.pad)) for offset in d.top_left.T]
+            rows += [(offset / (2 * d.pad)).astype(np.float32) for offset in d.top_left.T]
         if d.flip is not None:
             rows.append(d.flip.astype(np.int32))
         if d.angle is not None:
