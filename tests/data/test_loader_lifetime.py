@@ -103,12 +103,22 @@ def test_an_error_of_a_later_step_waits_for_that_step(idle, monkeypatch):
 def test_a_killed_worker_stops_the_step(idle):
     with loader("torch") as made:
         made.next_step(0)
-        for worker in multiprocessing.active_children():
-            os.kill(worker.pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed by signal"):
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
             for _ in range(10):
                 made.next_step(0)
-        assert settled(idle)
+    assert settled(idle)
+
+
+def test_workers_leave_ctrl_c_to_the_trainer():
+    with loader("torch") as made, loader("resident") as straight:
+        for _ in range(6):  # both workers are at work
+            assert_same(made.next_step(0), straight.next_step(0))
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGINT)
+        for _ in range(8):
+            assert_same(made.next_step(0), straight.next_step(0))
 
 
 def test_workers_and_threads_are_started_once(idle):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,6 +43,7 @@ class TorchLoader(PrefetchingLoader):
                 batch_sampler=self._items(),
                 num_workers=self._num_workers,
                 multiprocessing_context="fork",
+                worker_init_fn=_leave_interrupts,
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),
             )
@@ -61,6 +63,11 @@ class TorchLoader(PrefetchingLoader):
             # What its __del__ does; that would come too late while the traceback of an error holds the iterator.
             self._batches._shutdown_workers()
         self._batches = None
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C is sent to workers too, but is the trainer's: it ends its step, saves, and closes the loader."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _items(plan: Plan) -> list[Item]:
