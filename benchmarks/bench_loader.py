@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import timing
@@ -170,12 +169,12 @@ def bench(augment: str, data: Data, args: argparse.Namespace, notes: list[str]) 
 
 
 def main() -> None:
-    parser = timing.parser(__doc__, "loader", rounds=9, warmup=1, keys=KEYS)
+    parser = timing.parser(__doc__, "loader", rounds=5, warmup=1, keys=KEYS)
     parser.add_argument("--loader", choices=list(KINDS), nargs="+", default=list(KINDS))
     parser.add_argument("--augment", choices=list(AUGMENTS), nargs="+", default=list(AUGMENTS))
     parser.add_argument("--batch", type=int, default=256, help="labelled images, and as many unlabelled ones")
     parser.add_argument("--n-disc", type=int, default=0, help="D updates per step, each two batches (default 0: C's)")
-    parser.add_argument("--steps", type=int, default=10, help="steps of a round (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a round (default %(default)s)")
     parser.add_argument("--images", type=int, default=50000, help="random ones (default %(default)s)")
     parser.add_argument("--dataset", help="a dataset's training images instead, with --data-dir where it has files")
     parser.add_argument("--data-dir")

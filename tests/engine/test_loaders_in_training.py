@@ -10,6 +10,7 @@ import pytest
 from loader_cases import KINDS
 from tiny_cases import run_config, tiny_dataset
 
+from puat_fast.engine import distributed
 from puat_fast.engine.trainer import Loader, Trainer
 from puat_fast.networks import build_classifier
 from puat_fast.noise import Noise
@@ -64,7 +65,7 @@ def test_a_run_goes_on_with_another_loader(first, second, straight, tmp_path):
     assert rows(tmp_path) == straight
 
 
-def test_who_augments(tmp_path):
+def test_who_augments(tmp_path, monkeypatch):
     for where in ("classifier", "loader"):
         config = run_config(tmp_path / where, augment={"where": where})
         assert (build_classifier(config, 2, Noise(0)).augment is None) == (where == "loader")
@@ -74,7 +75,9 @@ def test_who_augments(tmp_path):
     seeds = set()
     for trainer.engine.stage in (1, 2):
         seeds.add(trainer._make_loader().augmentation.seed)
-    assert len(seeds) == 2
+    monkeypatch.setattr(distributed, "rank", lambda: 1)  # each process draws for its own part
+    seeds.add(trainer._augmentation(2).seed)
+    assert len(seeds) == 3
     assert (
         Trainer(
             run_config(tmp_path / "none", augment={"where": "loader", "crop_pad": 0, "flip": False}),
