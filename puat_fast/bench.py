@@ -13,8 +13,9 @@ SCRIPTS = {
     "step": "the training step: the official code's and ours, by preset, engine and precision",
     "ops": "every fused op against plain torch and torch.compile",
     "conv": "the networks' convolutions as they are run: TFLOP/s by shape, direction and precision",
+    "loader": "the loaders: images/s alone and under a training step, memory, start-up",
 }
-_NAMES = "\n".join(f"  {name:6}{what}" for name, what in SCRIPTS.items())
+_NAMES = "\n".join(f"  {name:8}{what}" for name, what in SCRIPTS.items())
 HELP = f"""\
 names:
 {_NAMES}

@@ -64,6 +64,7 @@ def _native() -> dict[str, Any]:
 def _fast_paths(native: dict[str, Any], cuda: bool, torch_cuda: str | None) -> dict[str, Any]:
     gpu = "" if cuda else "torch is built without CUDA" if torch_cuda is None else "torch finds no usable GPU"
     unbuilt = "" if native["available"] else native["reason"]
+    no_dali = "" if _dali_version() else 'DALI is not installed: pip install "puat-fast[dali]"'
     no_triton = "" if _version_of("triton") else "Triton is not installed"
     no_compile = why_not_compile() or ""
     cuda_kernels = gpu or unbuilt or native["build"]["cuda_reason"]
@@ -73,6 +74,7 @@ def _fast_paths(native: dict[str, Any], cuda: bool, torch_cuda: str | None) -> d
         "Triton kernels": _path(gpu or no_triton, "Triton is installed, and there is a GPU"),
         "torch.compile": _path(no_compile, "there is a C++ compiler; part of --engine compiled"),
         "CUDA graph of a step": _path(gpu, "there is a GPU; part of --engine compiled"),
+        "DALI loader": _path(no_dali, "DALI is installed; --loader dali"),
     }
 
 

@@ -31,7 +31,7 @@ RATE_STEPS = 100  # the time left comes from the pace of so many steps
 TIMING_KEYS = ("seconds", "images_per_s")  # last in every row: all keys before them are reproducible
 # What may differ between a run and its continuation: where things are, how often something is written, and what
 # changes the speed alone.
-FREE_KEYS = ("out", "device", "data_dir", "log", "engine", "fast")
+FREE_KEYS = ("out", "device", "data_dir", "log", "engine", "fast", "loader")
 
 
 class RunError(RuntimeError):

@@ -140,6 +140,8 @@ class RecordedNoise(Noise):
 class RecordedLoader:
     """Hands out recorded StepBatches, one per step. Raises LookupError when they are used up."""
 
+    kind = "recorded"
+
     def __init__(self, batches: Iterable[StepBatch]) -> None:
         self.batches = iter(batches)
 
@@ -162,6 +164,9 @@ class RecordedLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+    def close(self) -> None:
+        """Nothing runs beside."""
 
 
 class StepRecorder:

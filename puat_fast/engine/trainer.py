@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,8 @@ from puat_fast import checkpoint, plots
 from puat_fast.attacks import accuracy
 from puat_fast.attacks.pgd import pgd
 from puat_fast.config import Config, ConfigError
-from puat_fast.data.batch import StepBatch
 from puat_fast.data.formats import Dataset, load_dataset
-from puat_fast.data.loaders.resident import ResidentLoader
+from puat_fast.data.loaders import Augmentation, Loader, make_loader
 from puat_fast.data.sampler import BatchSampler, LabelledSampler, SemiSupervisedSampler, ShardedSampler
 from puat_fast.data.splits import Split, training_set
 from puat_fast.engine import distributed, precision
@@ -35,27 +34,7 @@ from puat_fast.runlog import MutedRunLog, RunError, RunLog
 __all__ = ["Loader", "NonFiniteError", "Run", "Trainer"]
 
 # Streams of one seed must not repeat each other: these tell them apart.
-NOISE_STREAM, SAMPLER_STREAM, VALIDATION_STREAM = 1, 2, 3
-
-
-class Loader(Protocol):
-    """What the trainer takes its images from."""
-
-    def next_step(self, n_disc: int) -> StepBatch:
-        """The batches of one step with n_disc D updates."""
-        ...
-
-    def images_per_step(self, n_disc: int) -> int:
-        """How many images `next_step(n_disc)` holds, for the progress line."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands, as tensors and plain values."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        ...
+NOISE_STREAM, SAMPLER_STREAM, VALIDATION_STREAM, AUGMENT_STREAM = 1, 2, 3, 4
 
 
 @dataclass
@@ -158,16 +137,20 @@ class Trainer:
         total = sum(self._epochs(stage) * E for stage in engine.method.stages)
         done = engine.step_in_stage + (self._epochs(1) * E if engine.stage == 2 and 1 in engine.method.stages else 0)
         with self.log:
-            self.log.message(engine.description)
+            self.log.message(f"{engine.description}; loader: {self.loader.kind}")
             self.log.start(total, done)
             if not len(self.val[1]):
                 self.log.message("no validation images: the last epoch is kept, there is no early stopping")
-            with StopSignal() as stop:
-                if engine.stage == 1:
+            try:
+                with StopSignal() as stop:
+                    if engine.stage == 1:
+                        self._run_stage(stop)
+                        engine.begin_stage2()
+                        self.loader.close()
+                        self.loader = self._make_loader()
                     self._run_stage(stop)
-                    engine.begin_stage2()
-                    self.loader = self._make_loader()
-                self._run_stage(stop)
+            finally:
+                self.loader.close()
             return self._finish()
 
     def _run_stage(self, stop: StopSignal) -> None:
@@ -270,7 +253,16 @@ class Trainer:
             sampler = SemiSupervisedSampler(labelled, unlabelled, c.schedule.batch_size, seed)
         if distributed.world_size() > 1:
             sampler = ShardedSampler(sampler, distributed.rank(), distributed.world_size())
-        return ResidentLoader(self.train.images, self.train.labels, sampler, self.device, self.dtype)
+        images, labels = self.train.images, self.train.labels
+        return make_loader(c.loader, images, labels, sampler, self.device, self.dtype, self._augmentation(stage))
+
+    def _augmentation(self, stage: int) -> Augmentation | None:
+        """What the loader does to C's images, by draws of this rank's own; None: C augments, or nobody does."""
+        a = self.config.augment
+        if a.where == "classifier" or not (a.crop_pad or a.flip or a.rotate_deg):
+            return None
+        seed = _stream(self.config.seed, AUGMENT_STREAM + 10 * stage, distributed.rank())
+        return Augmentation(a.crop_pad, a.flip, a.rotate_deg, a.scope, seed)
 
     def _accuracy(self, data: tuple[Tensor, Tensor], robust: bool = False) -> float:
         """Accuracy of C', under the validation attack if `robust`."""

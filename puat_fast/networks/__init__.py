@@ -80,10 +80,13 @@ class Networks:
 
 
 def build_classifier(config: Config, num_classes: int, noise: Noise | None = None) -> Classifier:
-    """C as configured; with `noise`, train mode augments. Weights are drawn from torch's global generator."""
+    """C as configured; with `noise`, train mode augments, unless the loader does.
+
+    Weights are drawn from torch's global generator.
+    """
     a = config.augment
     augment = None
-    if noise is not None and (a.crop_pad or a.flip or a.rotate_deg):
+    if noise is not None and a.where == "classifier" and (a.crop_pad or a.flip or a.rotate_deg):
         augment = Augment(noise, a.crop_pad, a.flip, a.rotate_deg, a.scope)
     c, d = config.classifier, config.data
     return Classifier(num_classes, c.depth, c.width, d.mean, d.std, augment)
