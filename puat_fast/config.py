@@ -129,16 +129,13 @@ class ConsistencyConfig:
 
 @dataclass(kw_only=True)
 class AugmentConfig:
-    """C's own augmentation.
-
-    where: classifier: anew in each train-mode forward of C, as the official code;
-    loader: once per step, C's batch only.
-    """
+    """C's own augmentation."""
 
     crop_pad: int = 4  # pixels of zero padding before the random 32 x 32 crop; 0: no crop
     flip: bool = True  # mirror left and right with probability 1/2
     rotate_deg: float = 0.0  # rotate by an angle from [-rotate_deg, rotate_deg] degrees; 0: no rotation
     scope: Literal["image", "batch"] = "image"  # one draw per image, or one for the whole batch
+    # classifier: anew in each train-mode forward of C, as the official code; loader: once per step, C's batch only
     where: Literal["classifier", "loader"] = "classifier"  # in each train-mode forward of C, or once per step
 
 
@@ -235,7 +232,7 @@ class Config:
     seed: int = 1  # of the split, of the initial weights and of training
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     engine: Literal["auto", "eager", "compiled"] = "auto"  # how a step is run; auto: compiled on a GPU, else eager
-    loader: Literal["auto", "resident", "stream", "dali", "torch"] = "auto"  # of the images; auto: the fastest
+    loader: Literal["auto", "resident", "stream", "dali", "torch"] = "auto"  # auto: resident, or stream if too large
     precision: Literal["auto", "bf16", "tf32", "fp32", "fp64"] = "auto"  # of convolutions; auto: bf16 on GPU, else fp32
     fast: FastConfig = field(default_factory=FastConfig)
     data: DataConfig = field(default_factory=DataConfig)
