@@ -40,7 +40,9 @@ keys of the JSON file:
   run, dataset  what was evaluated, and on what
   n, seed       number of test images, seed of the attacks
   attacks       name of each -> accuracy (0 to 1), wilson95: its 95 % interval [low, high], correct, n, seconds,
-                eps, step_size (images are in [0, 1]), num_steps"""
+                eps, step_size (images are in [0, 1]; of gpgd and usong: of the latent), num_steps; of those two also
+                generated_acc: accuracy on the AC-GAN's images before the attack, agreement, agreement_adv: part of
+                them whose class its label head tells, before and after, draws: of each label, compat"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,21 +159,36 @@ def _train(argv: Sequence[str]) -> int:
     if config.dataset != "digits" and config.data_dir is None:
         raise ConfigError(f"data_dir: {config.dataset} needs --data-dir, the folder that holds its files or archive")
     from puat_fast.engine import distributed
-    from puat_fast.engine.trainer import Trainer
 
     with distributed.process_group(config.device):
         if options.download:
             distributed.on_main(lambda: _fetch(config))
-        result = Trainer(config, resume=options.resume).fit()
+        result = _trainer(config, options.resume).fit()
         if not distributed.is_main():
             return 0
-    rows = [[name, f"{100 * accuracy:.2f}"] for name, accuracy in result.summary.items()]
-    table(f"{config.dataset} test images, teacher C'", ["attack", "accuracy %"], rows)
+    if config.method != "acgan":
+        rows = [[name, f"{100 * accuracy:.2f}"] for name, accuracy in result.summary.items()]
+        table(f"{config.dataset} test images, teacher C'", ["attack", "accuracy %"], rows)
     grids = sorted((result.path / "samples").glob("*.png"), key=lambda grid: grid.stat().st_mtime)
-    for file in (*grids[-1:], result.path / "curves.png", result.path / "classifier.safetensors"):
+    for file in (
+        *grids[-1:],
+        result.path / "curves.png",
+        result.path / "classifier.safetensors",
+        result.path / "acgan.safetensors",
+    ):
         if file.exists():
             print(file)
     return 0
+
+
+def _trainer(config: Config, resume: str | None) -> Any:
+    if config.method == "acgan":
+        from puat_fast.engine.acgan import AcganTrainer
+
+        return AcganTrainer(config, resume)
+    from puat_fast.engine.trainer import Trainer
+
+    return Trainer(config, resume=resume)
 
 
 def _fetch(config: Config) -> None:
@@ -199,6 +216,11 @@ def _add_eval(verbs: Any) -> None:
         "--engine", choices=("auto", "eager", "compiled"), default="auto",
         help="compiled: torch.compile, BatchNorm folded; auto: compiled on a GPU (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--acgan", type=Path, metavar="RUN_OR_FILE", help="of gpgd and usong: made by --method acgan")
+    parser.add_argument(
+        "--uae-compat", choices=("none", "official-v1"), default="none",
+        help="gpgd and usong as the official script has them, mistakes included (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--dataset", choices=DATASETS, help="other test images than the run's own")
     parser.add_argument("--data-dir", metavar="TEXT", help="folder that holds the dataset's files (default: the run's)")
     add_device(parser)
@@ -216,7 +238,7 @@ def _eval(options: argparse.Namespace) -> int:
         result = evaluate_run(
             options.path, [attack.name for attack in attacks], n=options.n, batch_size=options.batch_size,
             seed=options.seed, device=options.device, dataset=options.dataset, data_dir=options.data_dir,
-            progress=progress, engine=options.engine,
+            progress=progress, engine=options.engine, acgan=options.acgan, compat=options.uae_compat,
         )  # fmt: skip
     rows = []
     for name, found in result["attacks"].items():
@@ -224,6 +246,7 @@ def _eval(options: argparse.Namespace) -> int:
         interval = f"{100 * low:.2f} - {100 * high:.2f}"
         rows.append([name, f"{100 * found['accuracy']:.2f}", interval, str(found["n"]), f"{found['seconds']:.1f}"])
     table(f"{result['run']} on {result['dataset']}", ["attack", "accuracy %", "95 % interval", "n", "seconds"], rows)
+    _latent_table(result["attacks"])
     write_json(options.json, result)
     if options.path.is_dir():
         try:
@@ -231,6 +254,17 @@ def _eval(options: argparse.Namespace) -> int:
         except OSError as error:  # somebody else's run
             print(f"puat-fast: not kept in the run: {error.filename}: {error.strerror}", file=sys.stderr)
     return 0
+
+
+def _latent_table(attacks: dict[str, dict[str, Any]]) -> None:
+    """Beside each accuracy on generated images what puts it into proportion."""
+    shown = ("accuracy", "generated_acc", "agreement", "agreement_adv")
+    rows = [
+        [name, *(f"{100 * found[key]:.2f}" for key in shown)] for name, found in attacks.items() if shown[1] in found
+    ]
+    if rows:
+        columns = ["", "accuracy %", "before the attack %", "label head agrees %", "and after %"]
+        table("generated images, and whether the AC-GAN's label head still tells their class", columns, rows)
 
 
 def _eval_file(options: argparse.Namespace, attacks: Sequence[AttackSpec]) -> Path:

@@ -140,6 +140,18 @@ class AugmentConfig:
 
 
 @dataclass(kw_only=True)
+class AcganConfig:
+    """The AC-GAN of `method: acgan`; its training was not published, the numbers are the official script's."""
+
+    epochs: int = 100  # passes over the training images, all of them with their labels
+    batch_size: int = 64  # real images per step, and as many generated ones
+    lr: float = 2e-4  # learning rate of both Adams
+    betas: tuple[float, float] = (0.5, 0.999)  # decay rates of their moments, each 0 to below 1
+    z_dim: int = 100  # entries of the latent z
+    width: int = 64  # channels of G before the image, and of D after its first convolution
+
+
+@dataclass(kw_only=True)
 class ScheduleConfig:
     """Stage 2, and what both stages share."""
 
@@ -225,7 +237,7 @@ class Config:
     """All options of a run."""
 
     preset: Literal["paper", "official-v1"] = "paper"  # values to start from: the paper's, or the official code's
-    method: Literal["puat", "regular"] = "puat"  # PUAT, or the regular training of C alone
+    method: Literal["puat", "regular", "acgan"] = "puat"  # PUAT; C alone; or the AC-GAN that GPGD and USong need
     dataset: DatasetName = "digits"  # digits comes with the package; folder: any images in class folders
     data_dir: str | None = None  # folder that holds the dataset's files or archive
     out: str | None = None  # run directory; null: runs/<dataset>-<method>-<preset>-s<seed>
@@ -246,6 +258,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    acgan: AcganConfig = field(default_factory=AcganConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -316,6 +329,7 @@ class Config:
             ("data.std", all(0 < v < math.inf for v in self.data.std), "three finite numbers above 0"),
             ("classifier.depth", self.classifier.depth % 6 == 4, "6 n + 4: 10, 16, 22, 28, ..."),
             ("gan.betas", all(0 <= beta < 1 for beta in self.gan.betas), "two numbers from 0 to below 1"),
+            ("acgan.betas", all(0 <= beta < 1 for beta in self.acgan.betas), "two numbers from 0 to below 1"),
             ("schedule.order", sorted(order) == sorted("DGAC"), "an order of the letters D, G, A, C"),
             ("uae.share_z", not self.uae.share_z or order.find("G") < min(map(order.find, "AC")),
              f"false, or a schedule.order with G before A and C, not {order}"),
@@ -340,13 +354,14 @@ _RANGES = {
     (0, 0.9): "data.val_fraction",
     (0, 16): "augment.crop_pad",
     (0, 180): "augment.rotate_deg",
-    (0, math.inf): "gan.lr attacker.clip attack.num_steps loss.uae_weight loss.rae_weight loss.gamma"
+    (0, math.inf): "acgan.lr gan.lr attacker.clip attack.num_steps loss.uae_weight loss.rae_weight loss.gamma"
     " loss.consistency_weight schedule.adv_start schedule.adv_end pretrain.epochs pretrain.consistency_ramp optim.lr"
     " optim.weight_decay log.sample_every",
-    (1, math.inf): "data.n_labelled classifier.width gan.width gan.z_dim schedule.epochs schedule.n_disc"
+    (1, math.inf): "acgan.epochs acgan.z_dim acgan.width"
+    " data.n_labelled classifier.width gan.width gan.z_dim schedule.epochs schedule.n_disc"
     " schedule.epoch_multiplier schedule.steps_per_epoch pretrain.gan_start ema.warmup_images val.every"
     " val.final_images log.interval log.checkpoint_every",
-    (2, math.inf): "schedule.batch_size",
+    (2, math.inf): "schedule.batch_size acgan.batch_size",
     (10, math.inf): "classifier.depth",
 }
 _KINDS = {bool: "true or false", int: "an integer", float: "a number such as 0.1 or 8/255", str: "a text"}

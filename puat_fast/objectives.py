@@ -69,6 +69,17 @@ def kl_divergence(logits: Tensor, logits_adv: Tensor) -> Tensor:
     return F.kl_div(logits_adv.log_softmax(1), logits.softmax(1), reduction="batchmean")
 
 
+# -- the AC-GAN behind GPGD and USong (spec 3) ------------------------------------------------------------------------
+
+
+def acgan(validity: Tensor, label_log_probs: Tensor, target: float, y: Tensor) -> Tensor:
+    """BCE(validity, target) + NLL(label_log_probs, y): of D on real or generated images, and of G.
+
+    validity: N, in [0,1]; label_log_probs: N x (K + 1), class K is "fake"; target: 0 to 1; y: N class indices.
+    """
+    return F.binary_cross_entropy(validity, torch.full_like(validity, target)) + F.nll_loss(label_log_probs, y)
+
+
 # -- USong, the unrestricted attack of Song et al. 2018 as PUAT's code varies it -------------------------------------
 
 

@@ -1,8 +1,8 @@
 """The AC-GAN whose latent space GPGD and USong search (spec 3): networks only.
 
 It is independent of PUAT's own G and D; one is needed per dataset. Neither weights nor a training script were
-published. There is no training code here: a recipe (spec 3: Adam, BCE of the validity + NLL of the label) is a later
-issue, so load weights yourself, from the official layout with `official_acgan_name`.
+published: `train --method acgan` (engine/acgan.py) makes one, and weights of the official layout are loaded with
+`official_acgan_name`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class AcGenerator(nn.Module):
 
     def __init__(self, num_classes: int, z_dim: int = 100, width: int = 64) -> None:
         super().__init__()
-        self.num_classes, self.z_dim = num_classes, z_dim
+        self.num_classes, self.z_dim, self.width = num_classes, z_dim, width
         self.embedding = nn.Embedding(num_classes, z_dim)
         self.stem = nn.ConvTranspose2d(z_dim, 8 * width, 4, bias=False)
         self.blocks = nn.Sequential(*(UpBlock(2 * n * width, n * width) for n in (4, 2, 1)))
@@ -73,6 +73,7 @@ class AcDiscriminator(nn.Module):
     def __init__(self, num_classes: int, width: int = 64) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.width = width
         channels = (3, width, 2 * width, 4 * width, 8 * width)
         self.blocks = nn.Sequential(
             *(DownBlock(channels[i], channels[i + 1], dropout=0.5 if i < 3 else 0.0) for i in range(4))
@@ -86,6 +87,11 @@ class AcDiscriminator(nn.Module):
             raise ValueError(f"x: shape {tuple(x.shape)}, expected N x 3 x 64 x 64")
         h = self.blocks((x - 0.5) / 0.5)
         return self.validity(h).flatten().sigmoid(), self.label(h).flatten(1).log_softmax(1)
+
+
+def told_class(label_log_probs: Tensor) -> Tensor:
+    """Which of the K classes D's label head tells, N x (K + 1) -> N: whether it also says "fake" is not asked."""
+    return label_log_probs[:, :-1].argmax(1)
 
 
 def shrink(images: Tensor, size: int = 32, antialias: bool = False) -> Tensor:

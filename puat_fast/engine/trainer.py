@@ -97,6 +97,8 @@ class Trainer:
         networks: Callable[[Networks], None] | None = None,
         on_step: Callable[[Mapping[str, list[Tensor]]], None] | None = None,
     ) -> None:
+        if config.method not in METHODS:
+            raise ConfigError(f"method: {config.method} is trained by puat_fast.engine.acgan.AcganTrainer")
         self.config = config
         _check_batch(config)
         self.device, self.dtype = resolve_device(config.device), precision.dtype(config.precision)
@@ -108,7 +110,7 @@ class Trainer:
         self.train, self.split = training_set(dataset, config.data, config.seed)
         _check_split(self.split, config)
         if noise is None:
-            noise = Noise(_stream(config.seed, NOISE_STREAM, distributed.rank()), self.device, self.dtype)
+            noise = Noise(stream(config.seed, NOISE_STREAM, distributed.rank()), self.device, self.dtype)
         self.nets = Networks.build(config, self.dataset.num_classes, noise)
         if networks is not None:
             networks(self.nets)
@@ -244,7 +246,7 @@ class Trainer:
         c, stage = self.config, self.engine.stage
         everything = stage == 1 and not c.pretrain.exclude_validation
         labelled = self.split.labelled_all if everything else self.split.labelled
-        seed = _stream(c.seed, SAMPLER_STREAM + 10 * stage)
+        seed = stream(c.seed, SAMPLER_STREAM + 10 * stage)
         sampler: BatchSampler | ShardedSampler
         if not self.engine.method.needs_unlabelled:
             sampler = LabelledSampler(labelled, c.schedule.batch_size, seed)
@@ -261,7 +263,7 @@ class Trainer:
         a = self.config.augment
         if a.where == "classifier" or not (a.crop_pad or a.flip or a.rotate_deg):
             return None
-        seed = _stream(self.config.seed, AUGMENT_STREAM + 10 * stage, distributed.rank())
+        seed = stream(self.config.seed, AUGMENT_STREAM + 10 * stage, distributed.rank())
         return Augmentation(a.crop_pad, a.flip, a.rotate_deg, a.scope, seed)
 
     def _accuracy(self, data: tuple[Tensor, Tensor], robust: bool = False) -> float:
@@ -270,7 +272,7 @@ class Trainer:
         if robust:
             loss, num_steps = {"cw-pgd-40": ("cw", 40), "ce-pgd-20": ("ce", 20)}[self.config.val.attack]
             attack = _pgd(eps=8 / 255, step_size=self.config.val.step_size, num_steps=num_steps, loss=loss)
-        seed = _stream(self.config.seed, VALIDATION_STREAM)
+        seed = stream(self.config.seed, VALIDATION_STREAM)
         return distributed.on_main(
             lambda: accuracy.correct(self.nets.C_ema, *data, attack, seed=seed, dtype=self.dtype).double().mean().item()
         )
@@ -374,9 +376,10 @@ def _check_split(split: Split, config: Config) -> None:
         )
 
 
-def _stream(seed: int, stream: int, rank: int = 0) -> int:
+def stream(seed: int, number: int, part: int = 0) -> int:
+    """A seed of its own for each stream of draws of a run, and for each part of it, as a rank."""
     # A zero at the end changes nothing: rank 0 has the stream of a run of one process.
-    return int(np.random.SeedSequence([seed, stream, rank]).generate_state(1)[0])
+    return int(np.random.SeedSequence([seed, number, part]).generate_state(1)[0])
 
 
 def _tensors(images: np.ndarray, labels: np.ndarray, index: np.ndarray | None) -> tuple[Tensor, Tensor]:

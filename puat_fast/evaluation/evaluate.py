@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from puat_fast import checkpoint
 from puat_fast.attacks import accuracy
+from puat_fast.attacks.gpgd import Compat
 from puat_fast.attacks.pgd import pgd
 from puat_fast.config import Config, ConfigError
 from puat_fast.data.formats import load_dataset
 from puat_fast.engine import compiling
 from puat_fast.engine.step import resolve_engine
 from puat_fast.engine.trainer import resolve_device
+from puat_fast.evaluation import latent
 from puat_fast.evaluation.names import AttackSpec, parse_attack
 from puat_fast.noise import Noise
 
@@ -38,17 +40,23 @@ def evaluate_run(
     data_dir: str | None,
     progress: Progress | None,
     engine: str = "auto",
+    acgan: Path | None = None,
+    compat: Compat = "none",
 ) -> dict[str, Any]:
     """Evaluate the classifier of a run directory or file on the first n test images (None: all).
 
     dataset and data_dir default to the run's own. engine: eager | compiled (torch.compile, BatchNorm folded; the same
-    to rounding) | auto, which is compiled on a GPU. Returns run, dataset, n, seed and, per attack, accuracy, correct,
+    to rounding) | auto, which is compiled on a GPU. acgan: the run directory or file of the AC-GAN that gpgd and usong
+    search; compat: of theirs. Returns run, dataset, n, seed and, per attack, accuracy, correct,
     n, eps, step_size, num_steps, seconds. Raises ConfigError, DataError, CheckpointError.
     """
     specs = [parse_attack(name) for name in attacks]
     metadata = checkpoint.read_metadata(checkpoint.classifier_file(path))
     C = checkpoint.load_classifier(path, resolve_device(device))
     used = next(C.parameters()).device
+    gan = None
+    if any(spec.latent for spec in specs):
+        gan = latent.load_acgan_for(acgan, used, C.num_classes)
     if resolve_engine(engine, used) == "compiled" and compiling.why_not(used.type) is None:
         C.set_fold_bn(True)
         compiling.compile_network(C)
@@ -62,7 +70,12 @@ def evaluate_run(
         raise ConfigError(f"dataset: {data.name} has {data.num_classes} classes, the classifier {C.num_classes}")
     images, labels = torch.tensor(data.test.images)[:n], torch.tensor(data.test.labels)[:n]
     settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
-    results = {spec.name: evaluate(C, images, labels, spec, **settings) for spec in specs}
+    results = {
+        spec.name: evaluate(C, images, labels, spec, **settings)
+        if gan is None or not spec.latent
+        else latent.evaluate(C, gan, labels, spec, compat=compat, **settings)
+        for spec in specs
+    }
     return {"run": str(path), "dataset": data.name, "n": len(labels), "seed": seed, "attacks": results}
 
 

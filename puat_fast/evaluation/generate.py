@@ -28,7 +28,7 @@ def generate_run(path: Path, grid: Path, per_class: int, seed: int, device: str)
     if not config_file.exists():
         raise checkpoint.CheckpointError(f"{path}: not a run directory (no config.yaml)")
     config = Config.load(config_file)
-    if not METHODS[config.method].has_generator:
+    if config.method not in METHODS or not METHODS[config.method].has_generator:
         raise ConfigError(f"{path}: a run of method {config.method} has no generator, only puat has one")
     best = path / "checkpoints" / "best.pt"
     state = checkpoint.load(best if best.exists() else path / "checkpoints" / "last.pt")

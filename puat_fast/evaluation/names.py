@@ -7,29 +7,44 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-ACCEPTED = "clean, pgd-E (L-inf ball of E/255, 0 < E <= 255, e.g. pgd-8)"
-_EXAMPLES = ("clean", "pgd-2", "pgd-4", "pgd-8")
+ACCEPTED = (
+    "clean, pgd-E (L-inf ball of E/255, 0 < E <= 255, e.g. pgd-8), gpgd-E (ball of E in the latent space of an AC-GAN, "
+    "0 < E <= 10, e.g. gpgd-0.1), usong"
+)
+_EXAMPLES = ("clean", "pgd-2", "pgd-4", "pgd-8", "gpgd-0.1", "gpgd-0.01", "usong")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackSpec:
-    """What a name stands for. eps and step_size in units of the image range [0, 1]."""
+    """What a name stands for. eps and step_size in units of the image range [0, 1], or of the latent z."""
 
     name: str
-    kind: Literal["clean", "pgd"]
+    kind: Literal["clean", "pgd", "gpgd", "usong"]
     eps: float = 0.0
     step_size: float = 0.0
     num_steps: int = 0
+    draws: int = 1  # latents for each label
+
+    @property
+    def latent(self) -> bool:
+        """Whether it attacks what an AC-GAN makes, instead of the images."""
+        return self.kind in ("gpgd", "usong")
 
 
 def parse_attack(name: str) -> AttackSpec:
-    """The attack that a name stands for; PGD as in Table IX: 20 steps of 1/255. Raises ValueError."""
+    """The attack that a name stands for, with the numbers of the paper's Table IX. Raises ValueError."""
     if name == "clean":
         return AttackSpec(name="clean", kind="clean")
     match = re.fullmatch(r"pgd-(\d+(?:\.\d+)?)", name)
     if match and 0 < float(match[1]) <= 255:
         radius = float(match[1])
         return AttackSpec(name=f"pgd-{radius:g}", kind="pgd", eps=radius / 255, step_size=1 / 255, num_steps=20)
+    match = re.fullmatch(r"gpgd-(\d+(?:\.\d+)?)", name)
+    if match and 0 < float(match[1]) <= 10:
+        radius = float(match[1])
+        return AttackSpec(name=f"gpgd-{radius:g}", kind="gpgd", eps=radius, step_size=0.1, num_steps=20)
+    if name == "usong":  # the official script takes ten latents for each test label
+        return AttackSpec(name="usong", kind="usong", eps=0.01, step_size=0.1, num_steps=200, draws=10)
     close = difflib.get_close_matches(name, _EXAMPLES, n=1)
     raise ValueError(f"attacks: {name!r} is not one of {ACCEPTED}" + (f"; did you mean {close[0]}?" if close else ""))
 
