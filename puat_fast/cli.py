@@ -259,9 +259,8 @@ def _eval(options: argparse.Namespace) -> int:
 def _latent_table(attacks: dict[str, dict[str, Any]]) -> None:
     """Beside each accuracy on generated images what puts it into proportion."""
     shown = ("accuracy", "generated_acc", "agreement", "agreement_adv")
-    rows = [
-        [name, *(f"{100 * found[key]:.2f}" for key in shown)] for name, found in attacks.items() if shown[1] in found
-    ]
+    latent = {name: found for name, found in attacks.items() if "generated_acc" in found}
+    rows = [[name, *(f"{100 * found[key]:.2f}" for key in shown)] for name, found in latent.items()]
     if rows:
         columns = ["", "accuracy %", "before the attack %", "label head agrees %", "and after %"]
         table("generated images, and whether the AC-GAN's label head still tells their class", columns, rows)

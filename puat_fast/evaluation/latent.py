@@ -45,21 +45,23 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy of a classifier on what an AC-GAN makes of labels, `spec.draws` images of each, after the attack.
 
-    labels: int64 N, the test set's. accuracy: part with model(x_adv) == y. Nothing ensures that x_adv still shows y, nor
-    that Gen(z, y) is as hard as a test image: generated_acc is the accuracy before the attack, agreement and
-    agreement_adv the parts of images, before and after it, whose class the AC-GAN's label head still tells. Latents are
-    drawn on the CPU, in order, from `seed`. compat: see `attacks.gpgd`; `official-v1` leaves the AC-GAN in train mode.
+    labels: int64 N, the test set's. accuracy: part with model(x_adv) == y. Nothing ensures that x_adv still shows y,
+    nor that Gen(z, y) is as hard as a test image: generated_acc is the accuracy before the attack, agreement and
+    agreement_adv the parts of images, before and after it, whose class the AC-GAN's label head still tells. Latents
+    are drawn on the CPU, in order, from `seed`. compat: see `attacks.gpgd`; `official-v1` leaves the AC-GAN in train mode.
     """
     start, y_all = time.perf_counter(), labels.repeat_interleave(spec.draws)
     noise, device = Noise(seed, "cpu"), next(model.parameters()).device
-    networks = (acgan.G, acgan.D)
+    networks = (acgan.G, acgan.D)  # in eval mode, but for the official script's attack
     sums = torch.zeros(4, dtype=torch.float64)  # right after, right before, agreeing before, agreeing after the attack
-    for network in networks:
-        network.train(compat == "official-v1")
     try:
         for first in range(0, len(y_all), batch_size):
             y = y_all[first : first + batch_size].to(device)
-            sums += _counts(model, acgan, y, _attack(model, acgan, y, spec, noise, compat))
+            for network in networks:
+                network.train(compat == "official-v1")
+            found = _attack(model, acgan, y, spec, noise, compat)
+            acgan.D.eval()  # a judge
+            sums += _counts(model, acgan, y, found)
             done = first + len(y)
             if progress is not None:
                 progress(spec.name, done, len(y_all), sums[0].item() / done)
@@ -87,7 +89,6 @@ def _attack(
 
 @torch.no_grad()
 def _counts(model: nn.Module, acgan: AcGan, y: Tensor, found: LatentExamples) -> Tensor:
-    acgan.D.eval()  # a judge, whatever mode the attack left it in
     told = [
         model(found.x_adv).argmax(1), model(found.x_nat).argmax(1),
         told_class(acgan.D(found.generated_nat)[1]), told_class(acgan.D(found.generated_adv)[1]),
