@@ -16,9 +16,10 @@ from puat_fast.data.formats.base import DataError, reason
 def read_npz(file: str | Path, raw: IO[bytes], keys: Sequence[str]) -> list[npt.NDArray[Any]]:
     """The arrays of these names. `file` is the name for messages. Raises DataError."""
     try:
-        with np.load(raw, allow_pickle=False) as pack:
-            if not isinstance(pack, np.lib.npyio.NpzFile):
-                raise DataError(f"{file}: holds one array, expected an .npz with {', '.join(keys)}")
+        pack = np.load(raw, allow_pickle=False)
+        if not isinstance(pack, np.lib.npyio.NpzFile):
+            raise DataError(f"{file}: holds one array, expected an .npz with {', '.join(keys)}")
+        with pack:
             missing = [key for key in keys if key not in pack]
             if missing:
                 found = ", ".join(pack.files) or "nothing"
