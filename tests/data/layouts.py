@@ -11,13 +11,16 @@ import io
 import pickle
 import random
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 from scipy.io import savemat
+
+from puat_fast.data import DataError
 
 Files = dict[str, bytes]
 
@@ -305,8 +308,32 @@ def flips(content: bytes, count: int, seed: int = 0, span: int | None = None) ->
         yield bytes(changed)
 
 
-def breaking(content: bytes, count: int = 40, span: int | None = 300) -> Iterable[bytes]:
-    """All of these damages."""
-    yield from cuts(content)
-    yield from flips(content, count, span=span)
-    yield from flips(content, count // 2, seed=1)
+def error_of(read: Callable[[], Any]) -> str:
+    """The one line of a DataError that must come."""
+    with pytest.raises(DataError) as caught:
+        read()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def check_cuts(file: Path, read: Callable[[], Any], name: str = "") -> None:
+    """A file that is cut off, wherever, is told by name (`name`, or its own)."""
+    content = file.read_bytes()
+    for cut in cuts(content):
+        file.write_bytes(cut)
+        assert (name or file.name) in error_of(read), len(cut)
+    file.write_bytes(content)
+
+
+def check_flips(file: Path, read: Callable[[], Any], count: int = 60, span: int = 300) -> None:
+    """A file with a changed byte is read, or told by name; nothing else may happen. Some must be told."""
+    content, told = file.read_bytes(), 0
+    for changed in (*flips(content, count, span=span), *flips(content, count // 2, seed=1)):
+        file.write_bytes(changed)
+        try:
+            read()
+        except DataError as error:
+            told += 1
+            assert file.name in str(error) and "\n" not in str(error)
+    file.write_bytes(content)
+    assert told
