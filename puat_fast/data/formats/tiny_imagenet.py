@@ -9,7 +9,7 @@ another as ten classes chosen on purpose. Images are resized from 64 to 32 as PI
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -55,19 +55,25 @@ def locate(path: Path, note: Note | None = None) -> tuple[Place, str | None]:
     """Where it lies: a place and the folder in it that holds train/ and val/, or None for the .npz. Raises NotHere."""
     if path.is_file() and path.name in NPZ:
         path = path.parent
-    places = [open_place(path, note)]
-    if path.is_dir():
-        # The usual names first, then whatever else looks like it: people rename the folder, or unpack it into itself.
-        inner = sorted((name for name in places[0].folders()), key=lambda name: (name != FOLDER, "tiny" not in name))
-        places += [Folder(path / name, note) for name in inner if name == FOLDER or "tiny" in name.lower()]
-        places += [open_place(path / ARCHIVE, note)] if (path / ARCHIVE).is_file() else []
-    for place in places:
+    for place in _places(path, note):
         if set(NPZ) <= set(place.files()):
             return place, None
         for top in ("", *(f"{name}/" for name in place.folders() if "tiny" in name.lower())):
             if place.folders(f"{top}train") and (place.folders(f"{top}val") or place.files(f"{top}val/images")):
                 return place, top
     raise NotHere(f"{path}: no Tiny ImageNet here; expected {WANTED}")
+
+
+def _places(path: Path, note: Note | None) -> Iterator[Place]:
+    """Where to look, one after the other: an archive that is half of a download is no harm beside the folder."""
+    place = open_place(path, note)
+    yield place
+    if path.is_dir():
+        # The usual names first, then whatever else looks like it: people rename the folder, or unpack it into itself.
+        inner = sorted(place.folders(), key=lambda name: (name != FOLDER, "tiny" not in name))
+        yield from (Folder(path / name, note) for name in inner if name == FOLDER or "tiny" in name.lower())
+        if (path / ARCHIVE).is_file():
+            yield open_place(path / ARCHIVE, note)
 
 
 def _wnids(place: Place, top: str, classes: str) -> list[str]:
