@@ -149,7 +149,7 @@ def test_npz_and_jpeg_files_agree(tmp_path):
     files, ids = tiny_files(two_hundred(), 1, 1), two_hundred()
     owners = layouts.tiny_owners(files)
     jpeg = {"train": [files[f"train/{wnid}/images/{wnid}_0.JPEG"] for wnid in ids],
-            "val": [files[f"val/images/{name}"] for wnid in ids for name, of in owners.items() if of == wnid]}  # fmt: skip
+            "val": [files[f"val/images/{k}"] for wnid in ids for k, of in owners.items() if of == wnid]}  # fmt: skip
     for split, contents in jpeg.items():
         np.savez(tmp_path / f"{split}.npz", image=np.stack([decoded(c) for c in contents]), label=np.arange(200))
     a, b = read(tmp_path), read(put(tmp_path / "x" / FOLDER, files))
