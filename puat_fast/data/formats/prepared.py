@@ -63,7 +63,12 @@ def write(dataset: Dataset, folder: Path, classes: str, filter_: dict[str, Any],
         "filter": filter_, "sources": [vars(source) for source in _told(sources)],
         "labels": [*dataset.train.labels.tolist(), *dataset.test.labels.tolist()],
     }  # fmt: skip
-    files.write_text(file, json.dumps(about) + "\n")
+    try:
+        files.write_text(file, json.dumps(about) + "\n")
+    except BaseException:
+        if images not in map(_images_named_by, folder.glob("puat-*.json")):
+            images.unlink(missing_ok=True)
+        raise
     # `paper` and `all` of a set with few classes are the same images, which two JSON files name.
     if before is not None and before not in map(_images_named_by, folder.glob("puat-*.json")):
         before.unlink(missing_ok=True)
