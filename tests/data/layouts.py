@@ -263,7 +263,7 @@ def tree_files(
     kind: str = "PNG", counts: tuple[int, int] = (3, 2), modes: tuple[str, ...] = ("RGB",),
 ) -> Files:  # fmt: skip
     """<split>/<class>/img<k>.<kind>, the modes of PIL in turn."""
-    files, seed = {}, 0
+    files, seed, classes = dict[str, bytes](), 0, list(classes)
     for split, count in zip(splits, counts, strict=True):
         for name in classes:
             for k in range(count):
