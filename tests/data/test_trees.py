@@ -148,7 +148,7 @@ def without(start, files):
 
 @pytest.mark.parametrize("files, says", [
     (without("test/", tree_files(ABC)), "no image tree here"),
-    (without("test/bee/", tree_files(ABC)), "test: no folder bee; expected a folder for each of the classes of the train"),
+    (without("test/bee/", tree_files(ABC)), "test: no folder bee; expected a folder for each of the classes"),
     (without("train/bee/", tree_files(ABC)), "test: has bee; expected a folder for each of the classes"),
     (tree_files(ABC[:1]), "train: one class folder (apple), expected two at least"),
     (without("train/bee/", tree_files(ABC)) | {"train/bee/a.txt": b""}, "train: no image in bee"),
@@ -174,7 +174,7 @@ def test_damaged_images(tmp_path, kind):
 def test_every_broken_image_of_both_splits_is_named(tmp_path):
     broken = {f"{split}/{name}/img{k}.png" for split, k in (("train", 2), ("test", 0)) for name in ABC}
     put(tmp_path, tree_files(ABC) | dict.fromkeys(broken, b"\x89PNG\r\n"))
-    with pytest.raises(BrokenFiles, match="6 files cannot be read: .*; and 1 more$") as caught:
+    with pytest.raises(BrokenFiles, match=r"6 files cannot be read: .*; and 1 more$") as caught:
         read(tmp_path)
     assert {told.partition(": ")[0] for told in caught.value.files} == broken
 
