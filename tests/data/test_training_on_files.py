@@ -32,12 +32,13 @@ def config_of(tmp_path, name, num_classes, **data):
     values = {"n_labelled": 2 * num_classes, "val_fraction": 0.5, **data}
     return tiny_cases.run_config(
         tmp_path / "run", dataset=name, data_dir=str(tmp_path / "data"), data=values,
-        pretrain={"epochs": 1, "gan_start": 1}, schedule={"epochs": 1, "steps_per_epoch": 2, "adv_end": 1},
+        pretrain={"epochs": 0}, schedule={"epochs": 1, "steps_per_epoch": 2, "adv_end": 1},
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("ready", [False, True])
+@pytest.mark.parametrize("name, ready", [
+    ("svhn", True), ("tiny-imagenet", False), ("imagenet32", True), ("folder", False),
+])  # fmt: skip
 def test_train_and_eval(tmp_path, capsys, name, ready):
     files, num_classes = FILES[name]
     put(tmp_path / "data", files)
@@ -48,11 +49,10 @@ def test_train_and_eval(tmp_path, capsys, name, ready):
     assert isinstance(trainer.dataset.train.images, np.memmap) == ready
     assert trainer.dataset.num_classes == num_classes and len(trainer.split.validation) == num_classes
     run = trainer.fit().path
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
     out = tmp_path / "eval.json"
-    assert cli.main(["eval", str(run), "--attacks", "clean", "--device", "cpu", "--json", str(out)]) == 0, (
-        capsys.readouterr()
-    )
+    code = cli.main(["eval", str(run), "--attacks", "clean", "--device", "cpu", "--json", str(out)])
+    assert (code, capsys.readouterr().err) == (0, "")
     found = json.loads(out.read_text())
     assert (found["dataset"], found["n"]) == (name, len(dataset.test))
     np.testing.assert_array_equal(np.asarray(trainer.dataset.train.images), dataset.train.images)  # nobody wrote there
@@ -69,7 +69,8 @@ def test_extra_unlabelled_images(tmp_path, kind):
     assert len(trainer.train) == 49 and trainer.split.unlabelled[-9:].tolist() == list(range(40, 49))
     np.testing.assert_array_equal(trainer.train.images[40:], layouts.chw(images))
     assert set(trainer.train.labels[40:]) == {-1}
-    assert trainer.fit().summary
+    if kind == "npz":  # what comes after reading is the same
+        assert trainer.fit().summary
 
 
 def test_extra_file_that_is_not_there(tmp_path):
