@@ -260,7 +260,7 @@ def test_damaged_npy(svhn):
     content = npy.read_bytes()
     for changed in layouts.flips(content, 300, span=120):
         npy.write_bytes(changed)
-        assert npy.name in error_of(lambda: prepared.check(svhn)) or changed[128:] == content[128:]
+        assert npy.name in error_of(lambda: prepared.check(svhn))
     npy.write_bytes(content)
     npy.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
     assert f"{npy}: missing or damaged (sha256 is" in error_of(lambda: prepared.check(svhn))
