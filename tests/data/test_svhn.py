@@ -91,6 +91,12 @@ def mat(**arrays):
 X, Y = np.zeros((32, 32, 3, 4), np.uint8), np.array([[1], [2], [3], [10]], np.uint8)
 
 
+def test_other_variables_are_passed_over(tmp_path):
+    content = mat(a={"b": X}, X=X, notes="text", c=np.array([X, "x"], object), y=Y, d=X * 1j)
+    dataset = read(layouts.put(tmp_path, layouts.svhn_files() | {"train_32x32.mat": content}))
+    assert dataset.train.labels.tolist() == [1, 2, 3, 0]
+
+
 @pytest.mark.parametrize("content, says", [
     (mat(X=X, y=np.where(Y == 1, 11, Y)), "label 11, expected 1 to 10"),
     (mat(X=X, y=np.where(Y == 1, 0, Y)), "label 0, expected 1 to 10"),
