@@ -54,6 +54,10 @@ def verify(name: str, data_dir: str | Path | None, classes: str = "paper") -> li
     except NotHere:
         if not findings:
             raise
+    except DataError as error:  # an archive that cannot be opened
+        if path is None or not path.exists():
+            raise
+        return [*findings, Finding(str(path), "broken", str(error))]
     try:
         dataset = read_dataset(name, data_dir, classes)
     except NotHere:
@@ -63,6 +67,8 @@ def verify(name: str, data_dir: str | Path | None, classes: str = "paper") -> li
     except BrokenFiles as error:
         return findings + [Finding(*_named(told)) for told in error.files]
     except DataError as error:
+        if not findings and (path is None or not path.exists()):
+            raise
         if any(finding.state == "missing" for finding in findings):  # which is why
             return findings
         return [*findings, Finding(str(data_dir), "broken", str(error))]
@@ -94,8 +100,8 @@ def _published(name: str, path: Path, classes: str) -> Iterator[Path]:
             return
         yield from [place / file for file in (*layout.required, layout.meta)] if place.is_dir() else [place]
     elif name == "svhn":
-        folder = next((here for here in (path, path / "svhn", path / "SVHN") if (here / svhn.TRAIN).is_file()), path)
-        if any((folder / file).is_file() for file in (svhn.TRAIN, svhn.TEST)):
+        folder = svhn.find(path)
+        if folder is not None:
             yield from (folder / file for file in (svhn.TRAIN, svhn.TEST))
     elif name == "imagenet32":
         found = imagenet32.find(path)
@@ -106,6 +112,10 @@ def _published(name: str, path: Path, classes: str) -> Iterator[Path]:
             where, file = found[stem]
             yield where.path if where.path.is_file() else where.path / file
     elif name == "tiny-imagenet":
+        half = [file for file in tiny_imagenet.NPZ if (path / file).is_file()]
+        if len(half) == 1:  # of the two: no dataset, but surely meant as one
+            yield from (path / file for file in tiny_imagenet.NPZ)
+            return
         tiny, top = tiny_imagenet.locate(path)
         if top is None:
             yield from (tiny.path / file for file in tiny_imagenet.NPZ)
@@ -121,9 +131,9 @@ def _absent(tiny: Place, top: str, classes: str) -> Iterator[Path]:
     for wnid in papers if classes == "paper" else tiny.folders(f"{top}train"):
         there = images_of(tiny, f"{top}train/{wnid}")
         folder = there[0].rpartition("/")[0] if there else f"{top}train/{wnid}/images"
-        names = {image.rpartition("/")[2] for image in there}
-        wanted = [f"{wnid}_{k}.JPEG" for k in range(PER_CLASS)]
-        yield from (tiny.path / folder / name for name in wanted if name not in names)
+        names = {image.rpartition("/")[2].rpartition(".")[0] for image in there}  # some keep them as .png
+        wanted = [f"{wnid}_{k}" for k in range(PER_CLASS)]
+        yield from (tiny.path / folder / f"{name}.JPEG" for name in wanted if name not in names)
 
 
 def _compared(dataset: str, file: Path) -> Finding:

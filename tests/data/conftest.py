@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests: `import layouts`
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CIFAR10 = {f"data_batch_{k}": 20 for k in range(1, 6)} | {"test_batch": 10}

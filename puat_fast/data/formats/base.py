@@ -75,6 +75,11 @@ def check_labels(labels: npt.NDArray[Any], first: int, last: int, file: str) -> 
     return flat.astype(np.int64)
 
 
+def reason(error: Exception) -> str:
+    """What an exception tells, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def describe(value: Any) -> str:
     """Shape and dtype of an array, or the type of anything else, for error messages."""
     if isinstance(value, np.ndarray):

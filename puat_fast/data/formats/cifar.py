@@ -7,6 +7,7 @@ by `puat-fast data verify`: re-encoded mirrors and smaller files of the same lay
 from __future__ import annotations
 
 import tarfile
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -79,8 +80,10 @@ def load(layout: Layout, data_dir: str | Path | None, note: Note | None = None) 
 
 def locate(layout: Layout, path: Path) -> Path:
     """The dataset's folder or archive, at or directly below `path`. Raises NotHere, DataError."""
-    if path.is_file():
+    if path.is_file() and not zipfile.is_zipfile(path):  # a .zip may hold an image tree
         return path
+    if path.is_file():
+        raise NotHere(f"{path}: no {layout.title} here; expected {layout.wanted}")
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder; expected a folder that holds {layout.wanted}")
     if (path / layout.folder).is_dir():

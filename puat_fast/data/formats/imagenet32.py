@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from puat_fast.data.formats.base import IMAGE_SHAPE, DataError, Dataset, ImageSet, NotHere, check_labels, describe
+from puat_fast.data.formats.base import (
+    IMAGE_SHAPE,
+    DataError,
+    Dataset,
+    ImageSet,
+    NotHere,
+    check_labels,
+    describe,
+    reason,
+)
 from puat_fast.data.formats.npz import read_npz
 from puat_fast.data.formats.places import Folder, Note, Place, open_place
 from puat_fast.data.formats.unpickle import load_pickle
@@ -64,6 +73,8 @@ def find(path: Path, note: Note | None = None) -> dict[str, tuple[Place, str]]:
         stem = name.rpartition("/")[2].removesuffix(".npz")
         if stem in TRAIN or stem in TEST:
             found.setdefault(stem, (place, name))
+        if len(found) == len(TRAIN) + len(TEST):  # an archive that is half of a download is no harm beside the files
+            break
     if not found:
         raise NotHere(f"{path}: no ImageNet32 here; expected {WANTED}")
     return found
@@ -114,7 +125,11 @@ def _batch(raw: bytes, name: str, file: str) -> tuple[np.ndarray[Any, Any], np.n
         missing = [key for key in (b"data", b"labels") if key not in content]
         if missing:
             raise DataError(f"{file}: no {missing[0]!r} among its keys; expected a batch of ImageNet32")
-        pixels, labels = content[b"data"], np.asarray(content[b"labels"])
+        pixels = content[b"data"]
+        try:
+            labels = np.asarray(content[b"labels"])
+        except ValueError as error:  # lists of unequal lengths
+            raise DataError(f"{file}: labels: {reason(error)}") from error
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (_PIXELS,):
         raise DataError(f"{file}: data is {describe(pixels)}, expected N x {_PIXELS} uint8")
     labels = check_labels(labels, 1, NUM_CLASSES, file)

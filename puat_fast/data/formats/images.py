@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from puat_fast.data.formats.base import IMAGE_SHAPE, BrokenFiles, DataError
+from puat_fast.data.formats.base import IMAGE_SHAPE, BrokenFiles, DataError, ImageSet, reason
 from puat_fast.data.formats.places import Place
 
 if TYPE_CHECKING:
@@ -37,25 +37,35 @@ def read_images(place: Place, names: Sequence[str]) -> npt.NDArray[np.uint8]:
     images = np.empty((len(names), *IMAGE_SHAPE), np.uint8)
 
     def decode(i: int) -> str | None:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         try:
             with Image.open(io.BytesIO(place.read(names[i]))) as image:
                 images[i] = _to_32(image.convert("RGB"))
         # Pillow tells a broken file by OSError, SyntaxError, ValueError, struct.error, DecompressionBombError ...
         except Exception as error:
-            return f"{names[i]}: {' '.join(str(error).split()) or type(error).__name__}"
+            told = "no image of a known kind" if isinstance(error, UnidentifiedImageError) else reason(error)
+            return f"{names[i]}: {told}"
         return None
 
-    broken = [reason for reason in _on_all_cores(decode, len(names)) if reason is not None]
+    broken = [told for told in _on_all_cores(decode, len(names)) if told is not None]
     if broken:
         raise BrokenFiles(str(place.path), broken)
     return images
 
 
+def image_sets(place: Place, train: list[list[str]], test: list[list[str]]) -> tuple[ImageSet, ImageSet]:
+    """Images of both splits out of their files, class by class. Raises BrokenFiles, which names those of both."""
+    names = [[name for of_class in split for name in of_class] for split in (train, test)]
+    labels = [np.repeat(np.arange(len(split), dtype=np.int64), [*map(len, split)]) for split in (train, test)]
+    images, n = read_images(place, names[0] + names[1]), len(names[0])
+    return ImageSet(images[:n], labels[0]), ImageSet(images[n:], labels[1])
+
+
 def to_32(images: npt.NDArray[np.uint8], file: str) -> npt.NDArray[np.uint8]:
     """Arrays N x H x W x 3 or N x 3 x H x W, uint8, to C-contiguous N x 3 x 32 x 32. Raises DataError naming `file`."""
-    if images.ndim != 4 or images.dtype != np.uint8 or 3 not in (images.shape[1], images.shape[3]):
+    whole = images.ndim == 4 and images.dtype == np.uint8 and 0 not in images.shape[1:]
+    if not whole or 3 not in (images.shape[1], images.shape[3]):
         found = " x ".join(map(str, images.shape)) + f" {images.dtype}"
         raise DataError(f"{file}: images are {found}, expected N x H x W x 3 or N x 3 x H x W uint8")
     if images.shape[1:] == IMAGE_SHAPE:

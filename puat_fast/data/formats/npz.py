@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -11,21 +10,22 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from puat_fast.data.formats.base import DataError
+from puat_fast.data.formats.base import DataError, reason
 
 
 def read_npz(file: str | Path, raw: IO[bytes], keys: Sequence[str]) -> list[npt.NDArray[Any]]:
     """The arrays of these names. `file` is the name for messages. Raises DataError."""
     try:
-        with np.load(raw, allow_pickle=False) as pack:
-            if not isinstance(pack, np.lib.npyio.NpzFile):
-                raise DataError(f"{file}: holds one array, expected an .npz with {', '.join(keys)}")
+        pack = np.load(raw, allow_pickle=False)
+        if not isinstance(pack, np.lib.npyio.NpzFile):
+            raise DataError(f"{file}: holds one array, expected an .npz with {', '.join(keys)}")
+        with pack:
             missing = [key for key in keys if key not in pack]
             if missing:
                 found = ", ".join(pack.files) or "nothing"
                 raise DataError(f"{file}: no {missing[0]!r} among its arrays ({found}); expected {', '.join(keys)}")
             return [pack[key] for key in keys]
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a broken one raises anything: BadZipFile, NotImplementedError, TokenError ...
         raise broken(file, error) from error
 
 
@@ -43,11 +43,9 @@ def read_parts(file: Path, key: str, rows: int) -> Iterator[npt.NDArray[Any]]:
                 count = min(rows, shape[0] - start)
                 part = _exactly(stream, count * size)
                 yield np.frombuffer(part, dtype).reshape(count, *shape[1:])
-    except DataError:
-        raise
     except KeyError:
         raise DataError(f"{file}: no {key!r} among its arrays") from None
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except Exception as error:
         raise broken(file, error) from error
 
 
@@ -62,4 +60,4 @@ def broken(file: str | Path, error: Exception) -> DataError:
     """What to say of a file that is no .npz, or not a whole one."""
     if isinstance(error, DataError):
         return error
-    return DataError(f"{file}: truncated or not an .npz file ({' '.join(str(error).split())}); get the file anew")
+    return DataError(f"{file}: truncated or not an .npz file ({reason(error)}); get the file anew")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import stat
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from puat_fast.data.formats.base import DataError
+from puat_fast.data.formats.base import DataError, reason
 
 Note = Callable[[str, bytes], None]
 """note(path of a file as messages tell it, its content): told of every file that a reader reads."""
@@ -93,14 +92,16 @@ class Zip:
         self.path, self._note = path, note
         try:
             self._zip = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path}: cannot be read: {_reason(error)}; a truncated download? get it anew") from error
+        except Exception as error:  # a broken one raises anything: BadZipFile, NotImplementedError, struct.error ...
+            raise DataError(f"{path}: cannot be read: {reason(error)}; a truncated download? get it anew") from error
         self._tree: dict[str, dict[str, bool]] = {"": {}}  # folder -> name in it -> whether that is a folder
+        self._members: dict[str, zipfile.ZipInfo] = {}  # by the name as we spell it: some have ./ in front
         for info in self._zip.infolist():
             refuse_escape(path, info.filename)
             parts = PurePosixPath(info.filename).parts
             if not any(map(hidden, parts)) and not stat.S_ISLNK(info.external_attr >> 16):
                 self._add(parts, info.is_dir())
+                self._members["/".join(parts)] = info
 
     def _add(self, parts: tuple[str, ...], is_folder: bool) -> None:
         folder = ""
@@ -119,14 +120,12 @@ class Zip:
 
     def read(self, name: str) -> bytes:
         """A file's content, its checksum compared. Raises DataError."""
+        if name not in self._members:
+            raise DataError(f"{self.path}: {name}: No such file in the archive")
         try:
-            content = self._zip.read(name)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-            raise DataError(f"{self.path}: {name} cannot be read: {_reason(error)}; get the archive anew") from error
+            content = self._zip.read(self._members[name])
+        except Exception as error:
+            raise DataError(f"{self.path}: {name} cannot be read: {reason(error)}; get the archive anew") from error
         if self._note is not None:
             self._note(f"{self.path}/{name}", content)
         return content
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from puat_fast import files
-from puat_fast.data.formats.base import IMAGE_SHAPE, DataError, Dataset, ImageSet, check_labels, describe
+from puat_fast.data.formats.base import IMAGE_SHAPE, DataError, Dataset, ImageSet, check_labels, describe, reason
 
 FORMAT = "puat-fast-data-1"
 _ROWS = 16384  # images that are written and hashed at a time: 48 MiB
@@ -63,8 +63,14 @@ def write(dataset: Dataset, folder: Path, classes: str, filter_: dict[str, Any],
         "filter": filter_, "sources": [vars(source) for source in _told(sources)],
         "labels": [*dataset.train.labels.tolist(), *dataset.test.labels.tolist()],
     }  # fmt: skip
-    files.write_text(file, json.dumps(about) + "\n")
-    if before is not None and before != images:
+    try:
+        files.write_text(file, json.dumps(about) + "\n")
+    except BaseException:
+        if images not in map(_images_named_by, folder.glob("puat-*.json")):
+            images.unlink(missing_ok=True)
+        raise
+    # `paper` and `all` of a set with few classes are the same images, which two JSON files name.
+    if before is not None and before not in map(_images_named_by, folder.glob("puat-*.json")):
         before.unlink(missing_ok=True)
     return file
 
@@ -75,7 +81,7 @@ def load(file: Path) -> Dataset:
     try:
         name, names = str(about["name"]), tuple(map(str, about["class_names"]))
         images_file, n_train, n_test = file.parent / Path(about["images"]).name, int(about["train"]), int(about["test"])
-        labels = check_labels(np.asarray(about["labels"], np.int64), 0, len(names) - 1, str(file))
+        labels = check_labels(np.asarray(about["labels"]), 0, len(names) - 1, str(file))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
@@ -85,9 +91,11 @@ def load(file: Path) -> Dataset:
     try:
         # "c": pages that somebody writes to are copied, the file is never changed, and torch takes it as writable
         images = np.load(images_file, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise _damaged(images_file, str(reason)) from error
+    except Exception as error:  # a broken header raises anything
+        told = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
+        raise _damaged(images_file, told) from error
+    if not isinstance(images, np.memmap) or not images.flags.c_contiguous:
+        raise _damaged(images_file, "not one array in C order")
     if images.shape != (n_train + n_test, *IMAGE_SHAPE) or images.dtype != np.uint8:
         raise _damaged(images_file, f"{describe(images)}, expected {n_train + n_test} x 3 x 32 x 32 uint8")
     train, test = ImageSet(images[:n_train], labels[:n_train]), ImageSet(images[n_train:], labels[n_train:])
@@ -102,9 +110,12 @@ def check(file: Path) -> None:
         sha256.update(part)
     if sha256.hexdigest() != about.get("sha256"):
         raise _damaged(file.parent / about["images"], f"sha256 is {sha256.hexdigest()}, it was {about.get('sha256')}")
-    for source in about.get("sources", []):
-        path = Path(source["path"])
-        if path.is_file() and _sha256(path) != source["sha256"]:
+    try:
+        sources = [(Path(source["path"]), str(source["sha256"])) for source in about["sources"]]
+    except (KeyError, TypeError) as error:
+        raise _damaged(file, f"sources: {type(error).__name__}: {error}") from error
+    for path, was in sources:
+        if path.is_file() and _sha256(path) != was:
             raise DataError(f"{file}: prepared from another {path} than the one there now; prepare it anew")
 
 
@@ -112,8 +123,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """What the JSON says. Raises DataError."""
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(file, " ".join(str(error).split())) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(file, reason(error)) from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise _damaged(file, f"no {FORMAT} file")
     return about
@@ -148,5 +159,5 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(raw, "sha256").hexdigest()
 
 
-def _damaged(file: Path, reason: str) -> DataError:
-    return DataError(f"{file}: missing or damaged ({reason}); remove it, or run `puat-fast data prepare` anew")
+def _damaged(file: Path, told: str) -> DataError:
+    return DataError(f"{file}: missing or damaged ({told}); remove it, or run `puat-fast data prepare` anew")

@@ -9,15 +9,15 @@ another as ten classes chosen on purpose. Images are resized from 64 to 32 as PI
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from puat_fast.data.formats.base import DataError, Dataset, ImageSet, NotHere, check_labels
-from puat_fast.data.formats.images import is_image, read_images, to_32
+from puat_fast.data.formats.images import image_sets, is_image, to_32
 from puat_fast.data.formats.npz import read_npz
-from puat_fast.data.formats.places import Folder, Note, Place, open_place
+from puat_fast.data.formats.places import Folder, Note, Place, escapes, open_place
 from puat_fast.data.formats.tree import images_of
 
 NUM_CLASSES = 200
@@ -43,29 +43,38 @@ def load(data_dir: str | Path | None, classes: str = "paper", note: Note | None 
         return _read_npz(place, classes)
     wnids = _wnids(place, top, classes)
     names = _names(place, top, wnids, classes)
-    train = _image_set(place, [images_of(place, f"{top}train/{wnid}") for wnid in wnids], wnids, f"{top}train")
-    test = _image_set(place, _val_images(place, top, wnids), wnids, f"{top}val")
-    return Dataset("tiny-imagenet", names, train, test, source=str(place.path))
+    files = ([images_of(place, f"{top}train/{wnid}") for wnid in wnids], _val_images(place, top, wnids))
+    for split, of_split in zip(("train", "val"), files, strict=True):
+        empty = [wnid for wnid, of_class in zip(wnids, of_split, strict=True) if not of_class]
+        if empty:
+            raise DataError(f"{place.path}/{top}{split}: no image of {', '.join(empty[:8])}; a truncated download?")
+    return Dataset("tiny-imagenet", names, *image_sets(place, *files), str(place.path))
 
 
 def locate(path: Path, note: Note | None = None) -> tuple[Place, str | None]:
     """Where it lies: a place and the folder in it that holds train/ and val/, or None for the .npz. Raises NotHere."""
     if path.is_file() and path.name in NPZ:
         path = path.parent
-    places = [open_place(path, note)]
-    if path.is_dir():
-        # Folders of that name come first: beside them there may be somebody else's train/ and val/. People rename the
-        # folder, or unpack it into itself.
-        inner = sorted(places[0].folders(), key=lambda name: name != FOLDER)
-        places[:0] = [Folder(path / name, note) for name in inner if "tiny" in name.lower()]
-        places += [open_place(path / ARCHIVE, note)] if (path / ARCHIVE).is_file() else []
-    for place in places:
+    for place in _places(path, note):
         if set(NPZ) <= set(place.files()):
             return place, None
         for top in ("", *(f"{name}/" for name in place.folders() if "tiny" in name.lower())):
             if place.folders(f"{top}train") and (place.folders(f"{top}val") or place.files(f"{top}val/images")):
                 return place, top
     raise NotHere(f"{path}: no Tiny ImageNet here; expected {WANTED}")
+
+
+def _places(path: Path, note: Note | None) -> Iterator[Place]:
+    """Where to look, one after the other: an archive that is half of a download is no harm beside the folder."""
+    place = open_place(path, note)
+    if path.is_dir():
+        # Folders of that name come first: beside them there may be somebody else's train/ and val/. People rename the
+        # folder, or unpack it into itself.
+        inner = sorted(place.folders(), key=lambda name: name != FOLDER)
+        yield from (Folder(path / name, note) for name in inner if "tiny" in name.lower())
+    yield place
+    if (path / ARCHIVE).is_file():
+        yield open_place(path / ARCHIVE, note)
 
 
 def _wnids(place: Place, top: str, classes: str) -> list[str]:
@@ -99,20 +108,13 @@ def _val_images(place: Place, top: str, wnids: Sequence[str]) -> list[list[str]]
     of_class: dict[str, list[str]] = {wnid: [] for wnid in wnids}
     for number, line in enumerate(place.read(annotations).decode("utf-8", "replace").splitlines(), 1):
         fields = line.split()
-        if len(fields) < 2:
+        if not fields:
+            continue
+        if len(fields) < 2 or not is_image(fields[0]) or escapes(fields[0]):
             raise DataError(f"{place.path}/{annotations}: line {number} is {line[:40]!r}, expected `val_0.JPEG n0...`")
         if fields[1] in of_class:
             of_class[fields[1]].append(f"{top}val/images/{fields[0]}")
     return [of_class[wnid] for wnid in wnids]
-
-
-def _image_set(place: Place, files: list[list[str]], wnids: Sequence[str], split: str) -> ImageSet:
-    empty = [wnid for wnid, of_class in zip(wnids, files, strict=True) if not of_class]
-    if empty:
-        raise DataError(f"{place.path}/{split}: no image of {', '.join(empty[:8])}; a truncated download?")
-    names = [name for of_class in files for name in of_class if is_image(name)]
-    labels = np.repeat(np.arange(len(wnids)), [len(of_class) for of_class in files])
-    return ImageSet(read_images(place, names), labels.astype(np.int64))
 
 
 def _read_npz(place: Place, classes: str) -> Dataset:

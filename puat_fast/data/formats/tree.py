@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from puat_fast.data.formats.base import DataError, Dataset, ImageSet, NotHere
-from puat_fast.data.formats.images import is_image, read_images
+from puat_fast.data.formats.base import DataError, Dataset, NotHere
+from puat_fast.data.formats.images import image_sets, is_image
 from puat_fast.data.formats.places import Note, Place, open_place
 
 TRAIN = ("train", "training")
@@ -59,16 +57,15 @@ def _read(name: str, place: Place, train: str, test: str, class_names: Sequence[
     if len(names) < 2:
         raise DataError(f"{place.path}/{train}: one class folder ({names[0]}), expected two at least")
     known = class_names is not None
-    return Dataset(
-        name, names, _image_set(place, train, names, known), _image_set(place, test, names, known), str(place.path)
-    )
+    files = (_files(place, train, names, known), _files(place, test, names, known))
+    return Dataset(name, names, *image_sets(place, *files), str(place.path))
 
 
 def _numbered(folders: list[str]) -> list[str]:
     return sorted(folders, key=int) if all(folder.isdecimal() for folder in folders) else folders
 
 
-def _image_set(place: Place, split: str, names: tuple[str, ...], known: bool) -> ImageSet:
+def _files(place: Place, split: str, names: tuple[str, ...], known: bool) -> list[list[str]]:
     found = set(place.folders(split))
     numbers = [str(k) for k in range(len(names))]
     folders = numbers if known and found == set(numbers) else list(names)
@@ -81,5 +78,4 @@ def _image_set(place: Place, split: str, names: tuple[str, ...], known: bool) ->
     empty = [folder for folder, of_class in zip(folders, files, strict=True) if not of_class]
     if empty:
         raise DataError(f"{place.path}/{split}: no image in {', '.join(empty[:8])}")
-    labels = np.repeat(np.arange(len(names)), [len(of_class) for of_class in files])
-    return ImageSet(read_images(place, [name for of_class in files for name in of_class]), labels.astype(np.int64))
+    return files
