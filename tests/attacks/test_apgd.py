@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
+from reference_attacks import accuracy, distance, reference
 from small_nets import EPS, heldout, trained
-from torch import Tensor, nn
 
 from puat_fast.attacks.autoattack import apgd_ce, apgd_t
 from puat_fast.attacks.autoattack.apgd import checkpoints, dlr_targeted
@@ -17,32 +16,12 @@ ATTACKS = {"apgd-ce": apgd_ce, "apgd-t": apgd_t}
 RADII = {"linf": EPS, "l2": 0.5}
 
 
-def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    with torch.no_grad():
-        return (net(x).argmax(1) == y).double().mean().item()
-
-
-def reference(name: str, net: nn.Module, norm: str, restarts: int = 1, seed: int = 0):
-    """pyautoattack's attack of that name, in its standard version."""
-    library = pytest.importorskip("pyautoattack.autoattack", reason="pyautoattack (extra `test`) is not installed")
-    suite = library.AutoAttack(net, norm={"linf": "Linf", "l2": "L2"}[norm], eps=RADII[norm], seed=seed)
-    attack = {"apgd-ce": suite.apgd, "apgd-t": suite.apgd_targeted, "square": suite.square, "fab-t": suite.fab}[name]
-    attack.seed, attack.n_restarts, attack.targeted = seed, restarts, name == "fab-t"
-    return attack
-
-
-def reference_result(name: str, net: nn.Module, norm: str, x: Tensor, y: Tensor, **options: int) -> Tensor:
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return reference(name, net, norm, **options).perturb(x, y).detach()
-
-
 @pytest.mark.parametrize("kind", ["relu", "bn"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t"])
 def test_faithful_is_the_reference_bit_for_bit(name, norm, kind):
-    net, (x, y) = trained(kind), heldout(60)
-    theirs = reference_result(name, net, norm, x, y)
+    net, (x, y) = trained(kind), heldout(40)
+    theirs = reference(name, net, x, y, eps=RADII[norm], norm=norm)
     ours = ATTACKS[name](net, x, y, eps=RADII[norm], norm=norm, faithful=True)
     assert torch.equal(ours, theirs)
     assert 0 < accuracy(net, ours, y) < accuracy(net, x, y)
@@ -50,8 +29,8 @@ def test_faithful_is_the_reference_bit_for_bit(name, norm, kind):
 
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t"])
 def test_restarts_and_seed_of_faithful_too(name):
-    net, (x, y) = trained("bn"), heldout(40)
-    theirs = reference_result(name, net, "linf", x, y, restarts=2, seed=5)
+    net, (x, y) = trained("bn"), heldout(20)
+    theirs = reference(name, net, x, y, eps=EPS, norm="linf", n_restarts=2, seed=5)
     assert torch.equal(ATTACKS[name](net, x, y, eps=EPS, restarts=2, seed=5, faithful=True), theirs)
 
 
@@ -74,16 +53,15 @@ def test_dlr_does_not_see_scale_and_shift_and_is_the_margin_below_4_classes():
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_fast_is_as_strong_in_the_ball_and_in_the_range(name, norm):
-    net, (x, y) = trained("bn"), heldout(100)
+    net, (x, y) = trained("bn"), heldout(60)
     x_adv = ATTACKS[name](net, x, y, eps=RADII[norm], norm=norm, batch_size=32)
     theirs = ATTACKS[name](net, x, y, eps=RADII[norm], norm=norm, faithful=True)
-    assert abs(accuracy(net, x_adv, y) - accuracy(net, theirs, y)) <= 0.011
-    delta = (x_adv - x).flatten(1).double()
-    distance = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
-    assert distance.max() <= RADII[norm] * (1 + 1e-5) and x_adv.min() >= 0 and x_adv.max() <= 1
+    assert abs(accuracy(net, x_adv, y) - accuracy(net, theirs, y)) <= 1 / 60 + 1e-9
+    moved = distance(x_adv, x, norm)
+    assert moved.max() <= RADII[norm] * (1 + 1e-5) and x_adv.min() >= 0 and x_adv.max() <= 1
     wrong = net(x_adv).argmax(1) != y
     clean_wrong = net(x).argmax(1) != y
-    assert torch.equal(distance > 0, wrong & ~clean_wrong)  # what is not fooled, or was wrong, comes back as it is
+    assert torch.equal(moved > 0, wrong & ~clean_wrong)  # what is not fooled, or was wrong, comes back as it is
 
 
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t"])
@@ -92,7 +70,9 @@ def test_fast_does_not_depend_on_the_batch(name):
     net, x = copy.deepcopy(net).double(), x.double()  # rounding is no excuse
     attack = {"eps": EPS, "num_steps": 20, "restarts": 2}
     whole = ATTACKS[name](net, x, y, batch_size=24, **attack)
-    assert torch.equal(whole == x, ATTACKS[name](net, x, y, batch_size=5, **attack) == x)
-    assert torch.equal(whole[:7] == x[:7], ATTACKS[name](net, x[:7], y[:7], batch_size=250, **attack) == x[:7])
+    for rows, batch_size in ((24, 5), (7, 250)):
+        part = ATTACKS[name](net, x[:rows], y[:rows], batch_size=batch_size, **attack)
+        # the image that fools it may be that of another target or restart
+        assert torch.equal(net(part).argmax(1) == y[:rows], net(whole[:rows]).argmax(1) == y[:rows])
     other = ATTACKS[name](net, x, y, batch_size=24, **attack, seed=1)
     assert not torch.equal(whole, other)

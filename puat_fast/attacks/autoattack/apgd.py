@@ -89,7 +89,7 @@ class Apgd:
             "x_out": x_adv, "fooled": logits.max(1).indices != y,
         }  # fmt: skip
 
-    def step(self, lanes: Lanes, iteration: Tensor) -> None:
+    def step(self, lanes: Lanes, iteration: Tensor, variant: Tensor) -> None:
         """Move, look at loss and gradient there, and at a checkpoint at the step size."""
         x_adv = self._move(lanes, iteration)
         lanes["x_before"], lanes["x_adv"] = lanes["x_adv"], x_adv

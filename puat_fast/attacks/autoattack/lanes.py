@@ -34,16 +34,17 @@ class Kernel(Protocol):
     def start(self, example: Tensor, variant: Tensor) -> Lanes:
         """Lanes of these examples and variants (both int64, on the CPU), before their first step."""
 
-    def step(self, lanes: Lanes, iteration: Tensor) -> None:
-        """One iteration; `iteration`, int64 on the CPU, says how many each lane has behind it. Changes `lanes`."""
+    def step(self, lanes: Lanes, iteration: Tensor, variant: Tensor) -> None:
+        """One iteration of each lane, which has `iteration` (int64, on the CPU) of them behind it. Changes `lanes`."""
 
 
 def lockstep(kernel: Kernel, variant: int = 0) -> tuple[Tensor, Tensor]:
     """One variant of all examples at once, no one dropped: (fooled N on the CPU, x_out)."""
     example = torch.arange(len(kernel.x))
-    lanes = kernel.start(example, torch.full_like(example, variant))
+    variants = torch.full_like(example, variant)
+    lanes = kernel.start(example, variants)
     for i in range(kernel.num_steps):
-        kernel.step(lanes, torch.full_like(example, i))
+        kernel.step(lanes, torch.full_like(example, i), variants)
     return lanes["fooled"].cpu(), lanes["x_out"]
 
 
@@ -66,26 +67,28 @@ def run_lanes(
     fooled, x_out = torch.zeros(num_examples, dtype=torch.bool), kernel.x.clone()
     empty = torch.empty(0, dtype=torch.int64)
     lanes: Lanes = {}
-    example, iteration, following = empty, empty, 0
+    example, variant, iteration, following = empty, empty, empty, 0
     while True:
         if len(example):
             victim.check()
             _collect(lanes, example, fooled, x_out)
             keep = (iteration < kernel.num_steps) & ~fooled[example]
-            lanes, example, iteration = _select(lanes, keep), example[keep], iteration[keep]
+            lanes = _select(lanes, keep)
+            example, variant, iteration = example[keep], variant[keep], iteration[keep]
         free = batch_size - len(example)
         if not len(example) or free >= max(1, batch_size // 8):
             new, following = _next_lanes(following, free, fooled, total)
             if len(new):
                 lanes = _join(lanes, kernel.start(new % num_examples, new // num_examples))
                 example = torch.cat([example, new % num_examples])
+                variant = torch.cat([variant, new // num_examples])
                 iteration = torch.cat([iteration, torch.zeros_like(new)])
         if report is not None:
             report(following - len(example), total, int(fooled.sum()))
         if not len(example):
             return fooled, x_out
         for _ in range(check_every):
-            kernel.step(lanes, iteration)
+            kernel.step(lanes, iteration, variant)
             iteration = iteration + 1
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from puat_fast.attacks.autoattack.apgd import Apgd, faithful_apgd
 from puat_fast.attacks.autoattack.common import Settings, Victim, attacking, check_images
-from puat_fast.attacks.autoattack.lanes import run_lanes
+from puat_fast.attacks.autoattack.lanes import Kernel, run_lanes
+from puat_fast.attacks.autoattack.square import Square, faithful_square
 from puat_fast.ops.pgd_step import Norm
 
 Report = Callable[[int, int, int], None]
@@ -24,17 +25,21 @@ def run_attack(
         return x.clone()
     num_targets = min(settings.num_targets, victim.num_classes - 1)
     if settings.faithful:
-        attack: Callable[..., Tensor] = {
+        attacks: dict[str, Callable[[Victim, Tensor, Tensor, Settings], Tensor]] = {
             "apgd-ce": partial(faithful_apgd, 0),
             "apgd-t": partial(faithful_apgd, num_targets),
-        }[name]
+            "square": faithful_square,
+        }
+        attack = attacks[name]
         batches = zip(x.split(settings.batch_size), y.split(settings.batch_size), strict=True)
         return torch.cat([attack(victim, x_part, y_part, settings) for x_part, y_part in batches])
-    targets = None
-    if name != "apgd-ce":
+    kernel: Kernel
+    if name == "square":
+        kernel = Square(victim, x, y, settings)
+    else:
         # from the second largest logit on: y is the largest
         targets = victim.all_logits(x).sort(dim=1).indices.flip(1)[:, 1 : num_targets + 1]
-    kernel = Apgd(victim, x, y, targets, settings)
+        kernel = Apgd(victim, x, y, None if name == "apgd-ce" else targets, settings)
     _, x_adv = run_lanes(kernel, victim, settings.batch_size, report=report)
     return x_adv
 
@@ -80,8 +85,8 @@ def apgd_ce(
 
     faithful False: examples leave their batch within a few steps of being fooled and others take their place, so that
     batches of batch_size stay full; where the model is compiled or on a GPU, they are padded to four sizes. Each draw
-    depends on seed, the number of the image and of the restart, so that results do not depend on batch_size, but for
-    rounding. True: order, batches and random numbers of pyautoattack; its x_adv bit for bit on a CPU in float32, with
+    depends on seed, the number of the image and of the restart, so that, but for rounding, which images are fooled does
+    not depend on batch_size (by which target or restart may). True: order, batches and random numbers of pyautoattack; its x_adv bit for bit on a CPU in float32, with
     the same batch_size and seed. The global generators are left as they were.
 
     Source: Croce & Hein 2020 (arXiv:2003.01690). Raises ValueError naming the argument and what is accepted; also for a
@@ -122,3 +127,33 @@ def apgd_t(
         batch_size=batch_size, seed=seed, faithful=faithful,
     )  # fmt: skip
     return attack_alone("apgd-t", model, x, y, settings)
+
+
+def square(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float = 8 / 255,
+    norm: Norm = "linf",
+    num_queries: int = 5000,
+    p_init: float = 0.8,
+    restarts: int = 1,
+    batch_size: int = 250,
+    seed: int = 0,
+    faithful: bool = False,
+) -> Tensor:
+    """Square Attack: random search on the margin z_y - max_k z_k by square-shaped changes; no gradient is used.
+
+    num_queries: forward passes for each image and restart, besides the one at the start. p_init: part of the image that
+    the first squares cover; it is halved after 10, 50, 200, 500, 1000, 2000 and 4000 queries, whatever num_queries is.
+    Positions and signs of a query are the same for all images of a restart (but for the start, and for the signs with
+    l2 and faithful). All else as in `apgd_ce`.
+
+    Source: Andriushchenko et al. 2020 (arXiv:1912.00049).
+    """
+    settings = Settings(
+        eps=eps, norm=norm, num_queries=num_queries, p_init=p_init, restarts=restarts, batch_size=batch_size, seed=seed,
+        faithful=faithful,
+    )  # fmt: skip
+    return attack_alone("square", model, x, y, settings)
