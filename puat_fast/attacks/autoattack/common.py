@@ -22,10 +22,6 @@ class AttackWarning(UserWarning):
     """The numbers of an attack may not mean what one takes them for."""
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, AttackWarning, stacklevel=5)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Numbers of the attacks, checked: ValueError names the one that is wrong. Defaults: the standard version."""
@@ -88,6 +84,7 @@ class Victim:
         self.num_classes = 0
         self.forwards = 0
         """Images that the model has seen, padding included."""
+        self.warnings: list[str] = []
         self._broken: Tensor | None = None
         self.starts, self._without_gradient = 0, torch.zeros((), dtype=torch.int64, device=device)
 
@@ -99,13 +96,13 @@ class Victim:
             raise ValueError(f"y: label {int(y.max())}, accepted: 0 to {self.num_classes - 1}, the model's classes")
         low, high, sums = logits.min(), logits.max(), logits.sum(1)
         if low > -1e-5 and high < 1 + 1e-5 and bool(((sums - 1).abs() < 1e-5).all()):
-            _warn("the outputs look like probabilities, 0 to 1 with sum 1: attack the logits, before the softmax")
+            self.warn("the outputs look like probabilities, 0 to 1 with sum 1: attack the logits, before the softmax")
         part = x[: self.batch_size]
         first, second = (
             (z / (z.norm(dim=1, keepdim=True) + 1e-10)) for z in (logits[: len(part)], self.all_logits(part))
         )
         if float((first - second).norm(dim=1).max()) > 1e-4:
-            _warn("two passes over the same images differ: a randomised model looks more robust here than it is")
+            self.warn("two passes over the same images differ: a randomised model looks more robust here than it is")
         return logits
 
     def logits(self, x: Tensor) -> Tensor:
@@ -137,14 +134,19 @@ class Victim:
         self.starts += len(grad)
         self._without_gradient += (grad.flatten(1).abs().amax(1) == 0).sum()
 
-    def warn_of_zero_gradients(self) -> None:
+    def warn(self, text: str) -> None:
+        """Warn by an AttackWarning, and keep its text in `warnings`."""
+        self.warnings.append(text)
+        warnings.warn(text, AttackWarning, stacklevel=5)
+
+    def warn_of_zero_gradients(self, attack: str) -> None:
         """Warn if at some of the starting points since the last call the gradient was zero; count anew."""
         found, starts = int(self._without_gradient), self.starts
         self.starts, self._without_gradient = 0, torch.zeros_like(self._without_gradient)
         if found:
-            _warn(
-                f"zero gradient at {found} of {starts} starting points ({found / starts:.1%}): attacks that follow "
-                "gradients say little about this model"
+            self.warn(
+                f"{attack}: zero gradient at {found} of {starts} starting points ({found / starts:.1%}): attacks that "
+                "follow gradients say little about this model"
             )
 
     @torch.no_grad()

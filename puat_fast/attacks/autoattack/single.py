@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from puat_fast.attacks.autoattack.apgd import Apgd, faithful_apgd
 from puat_fast.attacks.autoattack.common import Settings, Victim, attacking, check_images
+from puat_fast.attacks.autoattack.fab import Fab, faithful_fab
 from puat_fast.attacks.autoattack.lanes import Kernel, run_lanes
 from puat_fast.attacks.autoattack.square import Square, faithful_square
 from puat_fast.ops.pgd_step import Norm
@@ -28,6 +29,7 @@ def run_attack(
         attacks: dict[str, Callable[[Victim, Tensor, Tensor, Settings], Tensor]] = {
             "apgd-ce": partial(faithful_apgd, 0),
             "apgd-t": partial(faithful_apgd, num_targets),
+            "fab-t": partial(faithful_fab, num_targets),
             "square": faithful_square,
         }
         attack = attacks[name]
@@ -39,7 +41,11 @@ def run_attack(
     else:
         # from the second largest logit on: y is the largest
         targets = victim.all_logits(x).sort(dim=1).indices.flip(1)[:, 1 : num_targets + 1]
-        kernel = Apgd(victim, x, y, None if name == "apgd-ce" else targets, settings)
+        kernel = (
+            Fab(victim, x, y, targets, settings)
+            if name == "fab-t"
+            else Apgd(victim, x, y, None if name == "apgd-ce" else targets, settings)
+        )
     _, x_adv = run_lanes(kernel, victim, settings.batch_size, report=report)
     return x_adv
 
@@ -55,7 +61,7 @@ def attack_alone(name: str, model: nn.Module, x: Tensor, y: Tensor, settings: Se
         x_adv = images.clone()
         if settings.eps > 0:
             x_adv[right] = run_attack(name, victim, images[right], labels[right], settings)
-        victim.warn_of_zero_gradients()
+        victim.warn_of_zero_gradients(name)
     return x_adv.to(x.device)
 
 
@@ -86,8 +92,9 @@ def apgd_ce(
     faithful False: examples leave their batch within a few steps of being fooled and others take their place, so that
     batches of batch_size stay full; where the model is compiled or on a GPU, they are padded to four sizes. Each draw
     depends on seed, the number of the image and of the restart, so that, but for rounding, which images are fooled does
-    not depend on batch_size (by which target or restart may). True: order, batches and random numbers of pyautoattack; its x_adv bit for bit on a CPU in float32, with
-    the same batch_size and seed. The global generators are left as they were.
+    not depend on batch_size (by which target or restart may). True: order, batches and random numbers of pyautoattack;
+    its x_adv bit for bit on a CPU in float32, with the same batch_size and seed. The global generators are left as they
+    were.
 
     Source: Croce & Hein 2020 (arXiv:2003.01690). Raises ValueError naming the argument and what is accepted; also for a
     model that returns no logits, or NaN. Warns `AttackWarning` where the gradient is zero.
@@ -157,3 +164,34 @@ def square(
         faithful=faithful,
     )  # fmt: skip
     return attack_alone("square", model, x, y, settings)
+
+
+def fab_t(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float = 8 / 255,
+    norm: Norm = "linf",
+    num_steps: int = 100,
+    num_targets: int = 9,
+    restarts: int = 1,
+    batch_size: int = 250,
+    seed: int = 0,
+    faithful: bool = False,
+) -> Tensor:
+    """FAB with targets: the closest image of another class, sought where z_t = z_y for each of the target classes t.
+
+        x_(i+1) = (1 - a)(x_i + 1.05 d(x_i)) + a (x + 1.05 d(x)), d(p) the shortest way from p to z_t = z_y, linearised
+
+    `Fab` holds the rest. It minimises the distance and not a loss within the ball; an image counts as fooled where one
+    of another class is no farther than eps. Targets as in `apgd_t`; faithful keeps the reference's schedule, but its
+    projections onto the plane differ by rounding, and so may single results. All else as in `apgd_ce`.
+
+    Source: Croce & Hein 2020 (arXiv:1907.02044).
+    """
+    settings = Settings(
+        eps=eps, norm=norm, num_steps=num_steps, num_targets=num_targets, restarts=restarts, batch_size=batch_size,
+        seed=seed, faithful=faithful,
+    )  # fmt: skip
+    return attack_alone("fab-t", model, x, y, settings)
