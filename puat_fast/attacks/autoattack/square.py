@@ -146,7 +146,7 @@ class Square:
         height, width = x.shape[2:]
         side = side_of_square(query, height, width, self.settings.p_init, "linf")
         places, signs = self.draws.of(query, restart, len(x))
-        window = _window(places[:2], side, height, width)
+        window = self._window(places[:2], side, x)
         before, center, eps = x_adv[..., *window].clone(), x[..., *window], self.settings.eps
         step = 2.0 * eps * signs.to(x)[:, :, None, None]
         after = torch.min(torch.max(before + step, center - eps), center + eps).clamp(0, 1)
@@ -156,7 +156,7 @@ class Square:
         channels, height, width = x.shape[1:]
         side, eps = side_of_square(query, height, width, self.settings.p_init, "l2"), self.settings.eps
         places, signs = self.draws.of(query, restart, len(x))
-        new, old = (_window(p, side, height, width) for p in (places[:2], places[2:4]))
+        new, old = (self._window(p, side, x) for p in (places[:2], places[2:4]))
         delta = x_adv - x
         free = (x.new_tensor(eps) ** 2 - column(length(delta, "l2"), x) ** 2).clamp(min=0)  # of the norm, squared
         mask = torch.zeros(height, width, dtype=x.dtype, device=x.device)
@@ -172,6 +172,14 @@ class Square:
         delta[..., *new] = patch
         after = (x + normalized(delta, "l2") * eps).clamp(0, 1)
         return Change(rows, (slice(0, height), slice(0, width)), x_adv.clone(), after)
+
+    def _window(self, places: Tensor, side: int, x: Tensor) -> tuple[slice, slice]:
+        """The rows and columns of a square; places: 2 numbers in [0, 1)."""
+        # as in the paper, but the reference never puts a square at the last row or column
+        last = 0 if self.settings.faithful else 1
+        # in float32, as the reference multiplies
+        row, col = (places * torch.tensor([size - side + last for size in x.shape[2:]])).long().tolist()
+        return slice(row, row + side), slice(col, col + side)
 
     def _margin(self, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(z_y - max of the others, whether that counts as fooled), each N."""
@@ -224,13 +232,6 @@ def _cohorts(iteration: Tensor, variant: Tensor) -> list[tuple[Tensor | slice, i
         (((iteration == query) & (variant == restart)).nonzero().flatten(), query, restart)
         for query, restart in kinds.T.tolist()
     ]
-
-
-def _window(places: Tensor, side: int, height: int, width: int) -> tuple[slice, slice]:
-    """The rows and columns of a square: places, 2 numbers in [0, 1), scaled to what leaves it in the image."""
-    # in float32, as the reference multiplies
-    row, col = (places * torch.tensor([height - side, width - side])).long().tolist()
-    return slice(row, row + side), slice(col, col + side)
 
 
 def faithful_square(victim: Victim, x: Tensor, y: Tensor, settings: Settings) -> Tensor:
