@@ -40,7 +40,9 @@ keys of the JSON file:
   run, dataset  what was evaluated, and on what
   n, seed       number of test images, seed of the attacks
   attacks       name of each -> accuracy (0 to 1), wilson95: its 95 % interval [low, high], correct, n, seconds,
-                eps, step_size (images are in [0, 1]), num_steps"""
+                eps, step_size (images are in [0, 1]; null: it adapts), num_steps; aa also: after, its accuracy before
+                and after each attack, broken_by, for each image what broke it ("clean": wrong before; null: nothing),
+                attack_seconds, warnings"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,25 +7,30 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-ACCEPTED = "clean, pgd-E (L-inf ball of E/255, 0 < E <= 255, e.g. pgd-8)"
-_EXAMPLES = ("clean", "pgd-2", "pgd-4", "pgd-8")
+ACCEPTED = "clean, pgd-E (L-inf ball of E/255, 0 < E <= 255, e.g. pgd-8), aa (AutoAttack, standard, L-inf 8/255)"
+_EXAMPLES = ("clean", "pgd-2", "pgd-4", "pgd-8", "aa")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackSpec:
-    """What a name stands for. eps and step_size in units of the image range [0, 1]."""
+    """What a name stands for. eps and step_size in units of the image range [0, 1]; step_size None: it adapts."""
 
     name: str
-    kind: Literal["clean", "pgd"]
+    kind: Literal["clean", "pgd", "aa"]
     eps: float = 0.0
-    step_size: float = 0.0
+    step_size: float | None = 0.0
     num_steps: int = 0
 
 
 def parse_attack(name: str) -> AttackSpec:
-    """The attack that a name stands for; PGD as in Table IX: 20 steps of 1/255. Raises ValueError."""
+    """The attack that a name stands for; PGD and AutoAttack as in Table IX: 20 steps of 1/255, standard.
+
+    Raises ValueError.
+    """
     if name == "clean":
         return AttackSpec(name="clean", kind="clean")
+    if name == "aa":
+        return AttackSpec(name="aa", kind="aa", eps=8 / 255, step_size=None, num_steps=100)
     match = re.fullmatch(r"pgd-(\d+(?:\.\d+)?)", name)
     if match and 0 < float(match[1]) <= 255:
         radius = float(match[1])
