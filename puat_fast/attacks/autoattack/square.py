@@ -225,12 +225,11 @@ class Square:
 
 def _cohorts(iteration: Tensor, variant: Tensor) -> list[tuple[Tensor | slice, int, int]]:
     """(rows, query, restart) of lanes that are at the same query of the same restart."""
-    kinds = torch.stack([iteration, variant]).unique(dim=1)
-    if kinds.shape[1] == 1:
-        return [(slice(None), int(kinds[0, 0]), int(kinds[1, 0]))]
+    kinds = sorted(set(zip(iteration.tolist(), variant.tolist(), strict=True)))
+    if len(kinds) == 1:
+        return [(slice(None), *kinds[0])]
     return [
-        (((iteration == query) & (variant == restart)).nonzero().flatten(), query, restart)
-        for query, restart in kinds.T.tolist()
+        (((iteration == query) & (variant == restart)).nonzero().flatten(), query, restart) for query, restart in kinds
     ]
 
 
