@@ -20,7 +20,7 @@ RADII = {"linf": EPS, "l2": 0.5}
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t"])
 def test_faithful_is_the_reference_bit_for_bit(name, norm, kind):
-    net, (x, y) = trained(kind), heldout(40)
+    net, (x, y) = trained(kind), heldout(30)
     theirs = reference(name, net, x, y, eps=RADII[norm], norm=norm)
     ours = ATTACKS[name](net, x, y, eps=RADII[norm], norm=norm, faithful=True)
     assert torch.equal(ours, theirs)
@@ -29,7 +29,7 @@ def test_faithful_is_the_reference_bit_for_bit(name, norm, kind):
 
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t"])
 def test_restarts_and_seed_of_faithful_too(name):
-    net, (x, y) = trained("bn"), heldout(20)
+    net, (x, y) = trained("bn"), heldout(8)
     theirs = reference(name, net, x, y, eps=EPS, norm="linf", n_restarts=2, seed=5)
     assert torch.equal(ATTACKS[name](net, x, y, eps=EPS, restarts=2, seed=5, faithful=True), theirs)
 
@@ -53,10 +53,10 @@ def test_dlr_does_not_see_scale_and_shift_and_is_the_margin_below_4_classes():
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_fast_is_as_strong_in_the_ball_and_in_the_range(name, norm):
-    net, (x, y) = trained("bn"), heldout(60)
+    net, (x, y) = trained("bn"), heldout(50)
     x_adv = ATTACKS[name](net, x, y, eps=RADII[norm], norm=norm, batch_size=32)
     theirs = ATTACKS[name](net, x, y, eps=RADII[norm], norm=norm, faithful=True)
-    assert abs(accuracy(net, x_adv, y) - accuracy(net, theirs, y)) <= 1 / 60 + 1e-9
+    assert abs(accuracy(net, x_adv, y) - accuracy(net, theirs, y)) <= 1 / 50 + 1e-9
     moved = distance(x_adv, x, norm)
     assert moved.max() <= RADII[norm] * (1 + 1e-5) and x_adv.min() >= 0 and x_adv.max() <= 1
     wrong = net(x_adv).argmax(1) != y

@@ -36,9 +36,9 @@ def reference_suite(net: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str,
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_faithful_is_the_reference_batch_by_batch(norm):
-    net, (x, y) = trained("bn"), heldout(24)
-    theirs = reference_suite(net, x, y, RADII[norm], norm, batch_size=10, n_queries=200)
-    ours = autoattack(net, x, y, RADII[norm], norm=norm, batch_size=10, num_queries=200, faithful=True)
+    net, (x, y) = trained("bn"), heldout(12)
+    theirs = reference_suite(net, x, y, RADII[norm], norm, batch_size=5, n_queries=200)
+    ours = autoattack(net, x, y, RADII[norm], norm=norm, batch_size=5, num_queries=200, faithful=True)
     by_fab = torch.tensor([name == "fab-t" for name in ours.broken_by])
     assert torch.equal(ours.x_adv[~by_fab], theirs[~by_fab])
     assert ours.robust_acc == accuracy(net, theirs, y) and not ours.standard
@@ -46,10 +46,12 @@ def test_faithful_is_the_reference_batch_by_batch(norm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["relu", "bn"])
-def test_fast_agrees_to_half_a_point_on_600_images(kind):
-    net, (x, y) = trained(kind), heldout(600)
-    theirs = reference_suite(net, x, y, EPS, "linf", n_queries=500)
-    ours = autoattack(net, x, y, EPS, num_queries=500)
+def test_fast_agrees_to_half_a_point_on_500_images(kind):
+    net, (x, y) = trained(kind), heldout(500)
+    eps = {"relu": 0.2, "bn": 0.15}[kind]
+    theirs = reference_suite(net, x, y, eps, "linf", n_queries=500)
+    ours = autoattack(net, x, y, eps, num_queries=500)
+    assert 0.1 < ours.robust_acc < 0.5 < ours.accuracy["clean"]
     assert abs(ours.robust_acc - accuracy(net, theirs, y)) <= 0.005
 
 
