@@ -40,9 +40,12 @@ keys of the JSON file:
   run, dataset  what was evaluated, and on what
   n, seed       number of test images, seed of the attacks
   attacks       name of each -> accuracy (0 to 1), wilson95: its 95 % interval [low, high], correct, n, seconds,
-                eps, step_size (images are in [0, 1]; of gpgd and usong: of the latent), num_steps; of those two also
-                generated_acc: accuracy on the AC-GAN's images before the attack, agreement, agreement_adv: part of
-                them whose class its label head tells, before and after, draws: of each label, compat"""
+                eps, step_size (images are in [0, 1], of gpgd and usong the latent; null: it adapts), num_steps.
+                aa also: after, its accuracy before and after each attack, broken_by, for each image what broke it
+                ("clean": wrong before; null: nothing), attack_seconds, warnings.
+                gpgd and usong also: generated_acc, accuracy on the AC-GAN's images before the attack, agreement and
+                agreement_adv, part of them whose class its label head tells, before and after, draws of each label,
+                compat"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

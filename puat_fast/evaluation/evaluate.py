@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from puat_fast import checkpoint
 from puat_fast.attacks import accuracy
+from puat_fast.attacks.autoattack import autoattack
 from puat_fast.attacks.gpgd import Compat
 from puat_fast.attacks.pgd import pgd
 from puat_fast.config import Config, ConfigError
@@ -47,8 +48,9 @@ def evaluate_run(
 
     dataset and data_dir default to the run's own. engine: eager | compiled (torch.compile, BatchNorm folded; the same
     to rounding) | auto, which is compiled on a GPU. acgan: the run directory or file of the AC-GAN that gpgd and usong
-    search; compat: of theirs. Returns run, dataset, n, seed and, per attack, accuracy, correct,
-    n, eps, step_size, num_steps, seconds. Raises ConfigError, DataError, CheckpointError.
+    search; compat: of theirs. Returns run, dataset, n, seed and, per attack, accuracy, correct, n, eps, step_size,
+    num_steps, seconds; for aa also what `evaluate` says, for gpgd and usong what `latent.evaluate` does. Raises
+    ConfigError, DataError, CheckpointError.
     """
     specs = [parse_attack(name) for name in attacks]
     metadata = checkpoint.read_metadata(checkpoint.classifier_file(path))
@@ -91,11 +93,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy of any classifier under one attack.
 
-    images: uint8 N x 3 x 32 x 32, labels: int64 N; model: images in [0,1] -> logits.
+    images: uint8 N x 3 x 32 x 32, labels: int64 N; model: images in [0,1] -> logits. For AutoAttack the result holds
+    also `after`: accuracy before and after each of its attacks; `broken_by`: for each image the attack that broke it,
+    "clean" or None; `attack_seconds`; `warnings`: why not to trust it.
     """
+    if spec.kind == "aa":
+        return _evaluate_autoattack(model, images, labels, spec, batch_size, seed, progress)
+    step_size = spec.step_size
+    assert step_size is not None
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        return pgd(model, x, y, eps=spec.eps, step_size=spec.step_size, num_steps=spec.num_steps, noise=noise)
+        return pgd(model, x, y, eps=spec.eps, step_size=step_size, num_steps=spec.num_steps, noise=noise)
 
     start = time.perf_counter()
     right = accuracy.correct(
@@ -115,4 +123,39 @@ def evaluate(
         "step_size": spec.step_size,
         "num_steps": spec.num_steps,
         "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def _evaluate_autoattack(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    spec: AttackSpec,
+    batch_size: int,
+    seed: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    n = len(labels)
+
+    def tell(attack: str, done: int, total: int, accuracy_so_far: float) -> None:
+        if progress is not None:  # of runs against target classes, as images
+            progress(f"{spec.name} {attack}", n * done // max(total, 1), n, accuracy_so_far)
+
+    found = autoattack(
+        model, images.float().div(255), labels, spec.eps, iterations=spec.num_steps, batch_size=batch_size, seed=seed,
+        progress=tell,
+    )  # fmt: skip
+    return {
+        "accuracy": found.robust_acc,
+        "correct": int(found.robust.sum()),
+        "n": n,
+        "eps": spec.eps,
+        "step_size": spec.step_size,
+        "num_steps": spec.num_steps,
+        "seconds": round(time.perf_counter() - start, 3),
+        "after": found.accuracy,
+        "broken_by": list(found.broken_by),
+        "attack_seconds": {name: round(seconds, 3) for name, seconds in found.seconds.items()},
+        "warnings": list(found.warnings),
     }

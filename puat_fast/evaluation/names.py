@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 ACCEPTED = (
-    "clean, pgd-E (L-inf ball of E/255, 0 < E <= 255, e.g. pgd-8), gpgd-E (ball of E in the latent space of an AC-GAN, "
-    "0 < E <= 10, e.g. gpgd-0.1), usong"
+    "clean, pgd-E (L-inf ball of E/255, 0 < E <= 255, e.g. pgd-8), aa (AutoAttack, standard, L-inf 8/255), "
+    "gpgd-E (ball of E in the latent space of an AC-GAN, 0 < E <= 10, e.g. gpgd-0.1), usong"
 )
-_EXAMPLES = ("clean", "pgd-2", "pgd-4", "pgd-8", "gpgd-0.1", "gpgd-0.01", "usong")
+_EXAMPLES = ("clean", "pgd-2", "pgd-4", "pgd-8", "aa", "gpgd-0.1", "gpgd-0.01", "usong")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackSpec:
-    """What a name stands for. eps and step_size in units of the image range [0, 1], or of the latent z."""
+    """What a name stands for. eps and step_size in units of the image range [0, 1], or of the latent z.
+
+    step_size None: it adapts.
+    """
 
     name: str
-    kind: Literal["clean", "pgd", "gpgd", "usong"]
+    kind: Literal["clean", "pgd", "aa", "gpgd", "usong"]
     eps: float = 0.0
-    step_size: float = 0.0
+    step_size: float | None = 0.0
     num_steps: int = 0
     draws: int = 1  # latents for each label
 
@@ -35,6 +38,8 @@ def parse_attack(name: str) -> AttackSpec:
     """The attack that a name stands for, with the numbers of the paper's Table IX. Raises ValueError."""
     if name == "clean":
         return AttackSpec(name="clean", kind="clean")
+    if name == "aa":
+        return AttackSpec(name="aa", kind="aa", eps=8 / 255, step_size=None, num_steps=100)
     match = re.fullmatch(r"pgd-(\d+(?:\.\d+)?)", name)
     if match and 0 < float(match[1]) <= 255:
         radius = float(match[1])

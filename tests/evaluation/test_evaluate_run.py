@@ -113,6 +113,28 @@ def test_progress_is_told(run):
     assert [a[:3] for a in seen] == [("clean", 4, 6), ("clean", 6, 6)]
 
 
+def test_autoattack_is_the_standard_version(run, monkeypatch):
+    from puat_fast.evaluation import evaluate as module
+
+    seen: list[Any] = []
+    attack = module.autoattack
+
+    def shorter(*args: Any, **options: Any) -> Any:
+        assert attack(*args[:3], 0, **options).standard and options["iterations"] == 100 and "attacks" not in options
+        return attack(*args, **options, num_queries=20)
+
+    monkeypatch.setattr(module, "autoattack", shorter)
+    settings = {"n": 6, "batch_size": 4, "seed": 0, "device": "cpu", "dataset": None, "data_dir": None}
+    result = evaluate_run(run, ["clean", "aa"], progress=lambda *a: seen.append(a), **settings)
+    json.dumps(result, allow_nan=False)
+    aa = result["attacks"]["aa"]
+    assert (aa["eps"], aa["step_size"], aa["num_steps"], aa["n"]) == (8 / 255, None, 100, 6)
+    assert list(aa["after"]) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert aa["after"]["clean"] == result["attacks"]["clean"]["accuracy"] and aa["after"]["square"] == aa["accuracy"]
+    assert aa["correct"] == aa["broken_by"].count(None) and len(aa["broken_by"]) == 6
+    assert {a[0] for a in seen} >= {"aa apgd-ce", "aa square"} and all(a[1] <= a[2] == 6 for a in seen)
+
+
 def test_mistakes(run, tmp_path):
     with pytest.raises(ValueError, match="attacks: 'pgd8'"):
         measure(run, ["clean", "pgd8"])
