@@ -77,7 +77,9 @@ def acgan(validity: Tensor, label_log_probs: Tensor, target: float, y: Tensor) -
 
     validity: N, in [0,1]; label_log_probs: N x (K + 1), class K is "fake"; target: 0 to 1; y: N class indices.
     """
-    return F.binary_cross_entropy(validity, torch.full_like(validity, target)) + F.nll_loss(label_log_probs, y)
+    # F.binary_cross_entropy, logarithms from -100 up as there, but for nan: that raises there, on a GPU for good.
+    yes, no = validity.log().clamp_min(-100), (1 - validity).log().clamp_min(-100)
+    return -(target * yes + (1 - target) * no).mean() + F.nll_loss(label_log_probs, y)
 
 
 # -- USong, the unrestricted attack of Song et al. 2018 as PUAT's code varies it -------------------------------------

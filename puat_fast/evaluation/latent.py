@@ -48,7 +48,8 @@ def evaluate(
     labels: int64 N, the test set's. accuracy: part with model(x_adv) == y. Nothing ensures that x_adv still shows y,
     nor that Gen(z, y) is as hard as a test image: generated_acc is the accuracy before the attack, agreement and
     agreement_adv the parts of images, before and after it, whose class the AC-GAN's label head still tells. Latents
-    are drawn on the CPU, in order, from `seed`. compat: see `attacks.gpgd`; `official-v1` leaves the AC-GAN in train mode.
+    are drawn on the CPU, in order, from `seed`. compat: see `attacks.gpgd`; with `official-v1` the AC-GAN is in train
+    mode, as published.
     """
     start, y_all = time.perf_counter(), labels.repeat_interleave(spec.draws)
     noise, device = Noise(seed, "cpu"), next(model.parameters()).device

@@ -149,7 +149,7 @@ def test_a_dataset_of_other_classes_is_refused(run, monkeypatch):
 
     from puat_fast.evaluation import evaluate as module
 
-    monkeypatch.setattr(module, "load_dataset", lambda name, folder: tiny_dataset(3))
+    monkeypatch.setattr(module, "load_dataset", lambda name, folder, classes: tiny_dataset(3))
     with pytest.raises(ConfigError, match="has 3 classes, the classifier 10"):
         measure(run, ["clean"])
 
