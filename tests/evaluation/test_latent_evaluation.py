@@ -78,9 +78,9 @@ def test_every_label_is_drawn_so_often_and_batches_go_on_in_the_stream(acgan):
 
 @pytest.mark.parametrize("compat", ["none", "official-v1"])
 def test_modes_come_back(acgan, compat):
-    modes = []
+    model, modes = Mean(acgan.G), []
     acgan.G.register_forward_hook(lambda net, *_: modes.append(net.training))
-    latent.evaluate(Mean(acgan.G), acgan, torch.arange(4), parse_attack("gpgd-0.1"), batch_size=2, compat=compat)
+    latent.evaluate(model, acgan, torch.arange(4), parse_attack("gpgd-0.1"), batch_size=2, compat=compat)
     assert set(modes) == {compat == "official-v1"}
     assert not acgan.G.training and not acgan.D.training
 
