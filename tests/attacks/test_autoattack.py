@@ -36,7 +36,7 @@ def reference_suite(net: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str,
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_faithful_is_the_reference_batch_by_batch(norm):
-    net, (x, y) = trained("bn"), heldout(12)
+    net, (x, y) = trained("bn"), heldout(8)
     theirs = reference_suite(net, x, y, RADII[norm], norm, batch_size=5, n_queries=200)
     ours = autoattack(net, x, y, RADII[norm], norm=norm, batch_size=5, num_queries=200, faithful=True)
     by_fab = torch.tensor([name == "fab-t" for name in ours.broken_by])
