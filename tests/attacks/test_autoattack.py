@@ -36,9 +36,11 @@ def reference_suite(net: nn.Module, x: Tensor, y: Tensor, eps: float, norm: str,
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_faithful_is_the_reference_batch_by_batch(norm):
-    net, (x, y) = trained("bn"), heldout(12)
-    theirs = reference_suite(net, x, y, RADII[norm], norm, batch_size=5, n_queries=200)
-    ours = autoattack(net, x, y, RADII[norm], norm=norm, batch_size=5, num_queries=200, faithful=True)
+    net, (x, y) = trained("bn"), heldout(16)
+    few = {"n_queries": 200, "n_target_classes": 2}
+    theirs = reference_suite(net, x, y, RADII[norm], norm, batch_size=10, **few)
+    attack = {"num_queries": 200, "num_targets": 2, "faithful": True}
+    ours = autoattack(net, x, y, RADII[norm], norm=norm, batch_size=10, **attack)
     by_fab = torch.tensor([name == "fab-t" for name in ours.broken_by])
     assert torch.equal(ours.x_adv[~by_fab], theirs[~by_fab])
     assert ours.robust_acc == accuracy(net, theirs, y) and not ours.standard
