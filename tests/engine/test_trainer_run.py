@@ -118,7 +118,7 @@ def test_labels_of_unlabelled_images_are_never_read(tmp_path, monkeypatch, prese
     dataset, config = tiny_dataset(), run_config(tmp_path / "a", preset)
     split = Trainer(config, dataset=dataset).split
     assert len(split.unlabelled) == 28
-    monkeypatch.setattr(trainer_module, "split_indices", lambda *a: split)
+    monkeypatch.setattr(trainer_module, "training_set", lambda dataset, *a: (dataset.train, split))
     runs = [
         train(run_config(tmp_path / name, preset), data)
         for name, data in (("true", dataset), ("poisoned", poisoned(dataset, split)))
