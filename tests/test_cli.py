@@ -311,7 +311,7 @@ def test_eval_shows_and_writes_all(
     assert cli.main(["eval", str(run), "--attacks", "clean,pgd-8", "--json", str(out)]) == 0
     assert evaluated == {
         "path": run, "attacks": ["clean", "pgd-8"], "n": None, "batch_size": 256, "seed": 0, "device": "auto",
-        "dataset": None, "data_dir": None, "engine": "auto",
+        "dataset": None, "data_dir": None, "engine": "auto", "acgan": None, "compat": "none",
     }  # fmt: skip
     written = json.loads(out.read_text())
     assert written["attacks"]["pgd-8"]["wilson95"] == cli.wilson_interval(90, 100)

@@ -206,20 +206,20 @@ def test_wrong_types(key: str, value: Any, accepted: str) -> None:
 
 LIMITS = {  # lowest and highest accepted value
     "seed": (0, 2**31 - 1), "data.val_fraction": (0, 0.9), "augment.crop_pad": (0, 16), "augment.rotate_deg": (0, 180),
-    "schedule.batch_size": (2, math.inf), "classifier.depth": (10, math.inf),
+    "schedule.batch_size": (2, math.inf), "acgan.batch_size": (2, math.inf), "classifier.depth": (10, math.inf),
     **dict.fromkeys(
         ["data.mix_frac", "attack.eps", "attack.step_size", "uae.project_eps", "loss.label_smoothing",
          "pretrain.ema_decay", "pretrain.ema_decay_after", "optim.momentum", "optim.pct_start", "ema.decay",
          "val.step_size"], (0, 1),
     ),
     **dict.fromkeys(
-        ["gan.lr", "attacker.clip", "attack.num_steps", "loss.uae_weight", "loss.rae_weight", "loss.gamma",
+        ["gan.lr", "acgan.lr", "attacker.clip", "attack.num_steps", "loss.uae_weight", "loss.rae_weight", "loss.gamma",
          "loss.consistency_weight", "schedule.adv_start", "schedule.adv_end", "pretrain.epochs",
          "pretrain.consistency_ramp", "optim.lr", "optim.weight_decay", "log.sample_every"],
         (0, math.inf),
     ),
     **dict.fromkeys(
-        ["data.n_labelled", "classifier.width", "gan.width", "gan.z_dim", "schedule.epochs", "schedule.n_disc",
+        ["acgan.epochs", "acgan.z_dim", "acgan.width", "data.n_labelled", "classifier.width", "gan.width", "gan.z_dim", "schedule.epochs", "schedule.n_disc",
          "schedule.epoch_multiplier", "schedule.steps_per_epoch", "pretrain.gan_start", "ema.warmup_images",
          "val.every", "val.final_images", "log.interval", "log.checkpoint_every"], (1, math.inf),
     ),
@@ -228,7 +228,7 @@ LIMITS = {  # lowest and highest accepted value
 
 def test_every_number_has_limits() -> None:
     numbers = {key for key, kind in KINDS.items() if {int, float} & {kind, *get_args(kind)}}
-    assert numbers == {*LIMITS, "data.mean", "data.std", "gan.betas"}
+    assert numbers == {*LIMITS, "data.mean", "data.std", "gan.betas", "acgan.betas"}
 
 
 @pytest.mark.parametrize("key", LIMITS)
