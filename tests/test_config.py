@@ -219,7 +219,8 @@ LIMITS = {  # lowest and highest accepted value
         (0, math.inf),
     ),
     **dict.fromkeys(
-        ["acgan.epochs", "acgan.z_dim", "acgan.width", "data.n_labelled", "classifier.width", "gan.width", "gan.z_dim", "schedule.epochs", "schedule.n_disc",
+        ["acgan.epochs", "acgan.z_dim", "acgan.width",
+         "data.n_labelled", "classifier.width", "gan.width", "gan.z_dim", "schedule.epochs", "schedule.n_disc",
          "schedule.epoch_multiplier", "schedule.steps_per_epoch", "pretrain.gan_start", "ema.warmup_images",
          "val.every", "val.final_images", "log.interval", "log.checkpoint_every"], (1, math.inf),
     ),
