@@ -154,7 +154,7 @@ def _write_onnx(subject: Subject, target: Path) -> None:
     with ops.reference_only(), _quiet():  # as plain torch the graph holds standard operators, and no op of ours
         program = torch.onnx.export(
             subject.C, (torch.rand(2, 3, 32, 32),), dynamo=True, dynamic_shapes=shapes, opset_version=OPSET,
-            input_names=["images"], output_names=["logits"], external_data=False, verbose=False,
+            input_names=["images"], output_names=["logits"], verbose=False,
         )  # fmt: skip
     assert program is not None
     for node in program.model.graph.all_nodes():
@@ -163,7 +163,7 @@ def _write_onnx(subject: Subject, target: Path) -> None:
     about = checkpoint.record(subject.C, info.dataset, info.class_names, info.facts)
     program.model.metadata_props[checkpoint.FORMAT] = about
     with files.atomic_write(target) as beside:
-        program.save(str(beside))
+        program.save(str(beside), external_data=False)  # all weights in the one file
 
 
 @contextmanager
