@@ -163,7 +163,7 @@ def _write_onnx(subject: Subject, target: Path) -> None:
     about = checkpoint.record(subject.C, info.dataset, info.class_names, info.facts)
     program.model.metadata_props[checkpoint.FORMAT] = about
     with files.atomic_write(target) as beside:
-        program.save(str(beside), external_data=False)  # all weights in the one file
+        beside.write_bytes(program.model_proto.SerializeToString())  # one file, weights and all; at most 2 GB
 
 
 @contextmanager
@@ -231,11 +231,11 @@ def _percent(entry: dict[str, Any] | None) -> str | None:
 
 
 def _footnote(subject: Subject, clean: dict[str, Any] | None, aa: dict[str, Any] | None) -> str:
-    ours = "method" in subject.info.facts
-    parts = [f"Trained by puat-fast, an independent implementation; exported by version {__version__}."] if ours else []
-    parts += [
-        f"{name} on {entry['n']} test images." for name, entry in (("Accuracy", clean), ("AutoAttack", aa)) if entry
-    ]
+    trained = "Trained by puat-fast, an independent implementation of the method."
+    parts = [trained] if "method" in subject.info.facts else []
+    parts.append(f"Exported by puat-fast {__version__}.")
+    measured = (("Accuracy", clean), ("AutoAttack", aa))
+    parts += [f"{name} on {entry['n']} test images." for name, entry in measured if entry]
     return " ".join(parts)
 
 

@@ -139,7 +139,7 @@ def test_model_info_takes_accuracies_from_the_run(run, tmp_path):
     assert out == copy / "export" / "classifier-robustbench"
     told = json.loads((out / "model_info.json").read_text())
     assert (told["clean_acc"], told["autoattack_acc"], told["unreliable"]) == ("91.23", "50.00", True)
-    assert told["footnote"].endswith("Accuracy on 10000 test images. AutoAttack on 1000 test images.")
+    assert told["footnote"].startswith("Trained by") and told["footnote"].endswith(". Accuracy on 10000 test images. AutoAttack on 1000 test images.")
     assert told["additional_data"] is False and told["dataset"] == "digits"
 
 
@@ -171,7 +171,7 @@ def test_a_foreign_file_through_all_formats(C, x, tmp_path):
     assert checkpoint.about(unnamed).dataset is None
     second = export(first, "robustbench")
     told = json.loads((second / "model_info.json").read_text())
-    assert (told["name"], told["authors"], told["footnote"], told["facts"]) == ("", "", "", {})
+    assert (told["name"], told["authors"], told["facts"]) == ("", "", {}) and "Trained" not in told["footnote"]
     third = export(second, "safetensors")
     assert third == second / "export" / "classifier.safetensors"
     assert torch.equal(load_classifier(third)(x), C(x))
