@@ -139,7 +139,8 @@ def test_model_info_takes_accuracies_from_the_run(run, tmp_path):
     assert out == copy / "export" / "classifier-robustbench"
     told = json.loads((out / "model_info.json").read_text())
     assert (told["clean_acc"], told["autoattack_acc"], told["unreliable"]) == ("91.23", "50.00", True)
-    assert told["footnote"].startswith("Trained by") and told["footnote"].endswith(". Accuracy on 10000 test images. AutoAttack on 1000 test images.")
+    assert told["footnote"].startswith("Trained by puat-fast")
+    assert told["footnote"].endswith(". Accuracy on 10000 test images. AutoAttack on 1000 test images.")
     assert told["additional_data"] is False and told["dataset"] == "digits"
 
 
