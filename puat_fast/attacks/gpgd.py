@@ -5,7 +5,6 @@ Also the search that GPGD and USong share (`search_latent`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from puat_fast import objectives
 from puat_fast.attacks.acgan import shrink
+from puat_fast.attacks.pgd import check_not_negative
 from puat_fast.networks.layers import eval_mode
 from puat_fast.noise import Noise
 
@@ -66,12 +66,6 @@ class LatentSettings:
             raise ValueError(f"image_size: {self.image_size}, accepted: >= 1")
         if self.compat not in ("none", "official-v1"):
             raise ValueError(f"compat: {self.compat!r} is not one of none, official-v1")
-
-
-def check_not_negative(name: str, value: float) -> None:
-    """Raises ValueError, naming the argument, unless 0 <= value < inf."""
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: {value}, accepted: finite numbers >= 0")
 
 
 def gpgd(

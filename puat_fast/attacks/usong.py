@@ -9,10 +9,10 @@ from puat_fast.attacks.gpgd import (
     Compat,
     LatentExamples,
     LatentSettings,
-    check_not_negative,
     prepare_latents,
     search_latent,
 )
+from puat_fast.attacks.pgd import check_not_negative
 from puat_fast.noise import Noise
 
 
