@@ -124,7 +124,7 @@ def pgd(
         return x.detach().clone()
     with attacking(model, x, settings) as victim:
         images, labels = x.detach().clone().to(victim.device), y.to(victim.device, torch.int64)
-        classify = _classifier(victim, int(labels.max()))
+        classify = checked_logits(victim, int(labels.max()))
         natural = classify(images) if loss == "kl" else None
         noise = noise or Noise(seed, x.device, x.dtype)
 
@@ -173,8 +173,8 @@ def _go_on(
         fooled[rows] = hit
 
 
-def _classifier(victim: Victim, largest_label: int) -> Callable[[Tensor], Tensor]:
-    """The model, its outputs checked; without host syncs: `victim.check` asks later whether they were finite."""
+def checked_logits(victim: Victim, largest_label: int) -> Callable[[Tensor], Tensor]:
+    """The model, its outputs checked, but without host syncs: `victim.check` asks later whether they were finite."""
 
     def classify(x: Tensor) -> Tensor:
         logits = victim.logits(x)
