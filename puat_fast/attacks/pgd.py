@@ -115,7 +115,7 @@ def pgd(
 
     Source: Madry et al. 2018 (arXiv:1706.06083). Raises ValueError, naming the argument, for images outside [0,1],
     sizes or types that do not fit, labels that the model does not know, numbers out of range, an unknown norm or loss,
-    and for outputs that are not finite logits N x K.
+    and for outputs that are not finite logits N x K. Warns `AttackWarning` of images that ce or kl did not move at all.
     """
     _check(x, y, step_size, num_steps, loss)
     settings = Settings(eps=eps, norm=norm, restarts=restarts, seed=seed, batch_size=max(len(x), 1))
@@ -147,7 +147,11 @@ def pgd(
             each = _loss_of_each(loss, logits, labels[rows], None if natural is None else natural[rows])
             return each, logits.argmax(1) != labels[rows]
 
-        x_adv = climb(first_point(), slice(None))
+        begin = first_point()
+        x_adv = climb(begin, slice(None))
+        if eps > 0 and step_size > 0 and num_steps > 0 and loss != "cw":  # cw has no gradient where the model is wrong
+            victim.note_gradients(x_adv - begin)
+            victim.warn_of_zero_gradients("pgd")
         if restarts > 1:
             _go_on(x_adv, (first_point() for _ in range(restarts - 1)), climb, judge)
         victim.check()
