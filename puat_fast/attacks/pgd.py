@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from puat_fast import objectives
 from puat_fast.attacks.autoattack.common import Settings, Victim, attacking, check_images
+from puat_fast.attacks.precision import Precision, searching
 from puat_fast.noise import Noise
 from puat_fast.ops.pgd_step import Norm, pgd_step
 
@@ -93,6 +94,7 @@ def pgd(
     random_start: bool = True,
     start: Tensor | None = None,
     restarts: int = 1,
+    precision: Precision = "fp32",
     seed: int = 0,
     noise: Noise | None = None,
 ) -> Tensor:
@@ -111,14 +113,17 @@ def pgd(
 
     restarts: PGD from that many random starts. For each image the first that fools the model is returned, else the one
     with the largest loss; what is fooled is not attacked again. Starts are drawn from `noise`, else from a new stream
-    seeded by `seed`, in each restart for all images; the global RNG is not touched.
+    seeded by `seed`, in each restart for all images; the global RNG is not touched. precision: what the model works in
+    while it climbs, see `attacks.precision`; x_adv keeps x's dtype.
 
     Source: Madry et al. 2018 (arXiv:1706.06083). Raises ValueError, naming the argument, for images outside [0,1],
     sizes or types that do not fit, labels that the model does not know, numbers out of range, an unknown norm or loss,
     and for outputs that are not finite logits N x K. Warns `AttackWarning` of images that ce or kl did not move at all.
     """
     _check(x, y, step_size, num_steps, loss)
-    settings = Settings(eps=eps, norm=norm, restarts=restarts, seed=seed, batch_size=max(len(x), 1))
+    settings = Settings(
+        eps=eps, norm=norm, restarts=restarts, seed=seed, precision=precision, batch_size=max(len(x), 1)
+    )
     _check_start(x, start, random_start, restarts, loss)
     if not len(x):
         return x.detach().clone()
@@ -137,10 +142,11 @@ def pgd(
 
         def climb(begin: Tensor, rows: Tensor | slice) -> Tensor:
             maximised = attack_loss(loss, labels[rows], None if natural is None else natural[rows])
-            return ascend(
-                classify, images[rows], begin[rows], maximised,
-                eps=eps, step_size=step_size, num_steps=num_steps, norm=norm,
-            )  # fmt: skip
+            with searching(model, precision, victim.device):
+                return ascend(
+                    classify, images[rows], begin[rows], maximised,
+                    eps=eps, step_size=step_size, num_steps=num_steps, norm=norm,
+                )  # fmt: skip
 
         def judge(x_adv: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
             logits = classify(x_adv)
@@ -151,7 +157,7 @@ def pgd(
         x_adv = climb(begin, slice(None))
         if eps > 0 and step_size > 0 and num_steps > 0 and loss != "cw":  # cw has no gradient where the model is wrong
             victim.note_gradients(x_adv - begin)
-            victim.warn_of_zero_gradients("pgd")
+            victim.warn_of_gradients("pgd", len(x))
         if restarts > 1:
             _go_on(x_adv, (first_point() for _ in range(restarts - 1)), climb, judge)
         victim.check()

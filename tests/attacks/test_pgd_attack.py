@@ -106,6 +106,7 @@ def test_an_empty_batch():
         ({"loss": "dlr"}, "loss: 'dlr'"),
         ({"loss": "kl", "random_start": False}, "random_start: False, but loss kl has no gradient at x"),
         ({"num_steps": 2.5}, "num_steps: 2.5"),
+        ({"precision": "fp8"}, "precision: 'fp8' is not one of fp32, tf32, bf16"),
         ({"restarts": 0}, "restarts: 0, accepted: integers >= 1"),
         ({"restarts": 2, "random_start": False}, "restarts: 2 with random_start=False would all be the same"),
         ({"restarts": 3, "start": torch.zeros(2, 3, 32, 32)}, "restarts: 3 with a given start"),
@@ -300,6 +301,16 @@ def test_the_draws_of_restarts_do_not_depend_on_what_is_fooled():
     for labels, noise in zip((y, (y + 1) % 10), streams, strict=True):
         pgd(trained("relu"), x, labels, num_steps=1, eps=0.01, restarts=3, noise=noise)
     assert torch.equal(*(noise.uniform("rae", (4,)) for noise in streams))
+
+
+def test_a_lower_precision_climbs_but_does_not_judge():
+    net, (x, y) = nn.Sequential(trained("relu")), heldout(20)
+    low: list[bool] = []
+    net.register_forward_pre_hook(lambda module, inputs: low.append(torch.is_autocast_enabled("cpu")))
+    found = pgd(net, x, y, eps=0.15, step_size=0.03, num_steps=2, restarts=2, precision="bf16")
+    assert low == [True, True, False] * 2
+    assert found.dtype == torch.float32 and (found - x).abs().max() <= 0.15 + 1e-6
+    assert not torch.equal(found, pgd(net, x, y, eps=0.15, step_size=0.03, num_steps=2, restarts=2))
 
 
 # -- KL -------------------------------------------------------------------------------------------------------------
