@@ -128,7 +128,8 @@ def pgd(
     if not len(x):
         return x.detach().clone()
     with attacking(model, x, settings) as victim:
-        images, labels = x.detach().clone().to(victim.device), y.to(victim.device, torch.int64)
+        # copies: tensors made in inference mode do not go into a backward pass
+        images, labels = x.detach().clone().to(victim.device), y.to(victim.device, torch.int64, copy=True)
         classify = checked_logits(victim, int(labels.max()))
         natural = classify(images) if loss == "kl" else None
         noise = noise or Noise(seed, x.device, x.dtype)
