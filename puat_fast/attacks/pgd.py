@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puat_fast import objectives
-from puat_fast.attacks.autoattack.common import Settings, Victim, attacking, check_images
-from puat_fast.attacks.precision import Precision, searching
+from puat_fast.attacks.autoattack.common import Settings, Victim, check_images, seed_global
+from puat_fast.networks.layers import eval_mode, frozen_weights
 from puat_fast.noise import Noise
 from puat_fast.ops.pgd_step import Norm, pgd_step
 
@@ -94,7 +95,6 @@ def pgd(
     random_start: bool = True,
     start: Tensor | None = None,
     restarts: int = 1,
-    precision: Precision = "fp32",
     seed: int = 0,
     noise: Noise | None = None,
 ) -> Tensor:
@@ -113,21 +113,19 @@ def pgd(
 
     restarts: PGD from that many random starts. For each image the first that fools the model is returned, else the one
     with the largest loss; what is fooled is not attacked again. Starts are drawn from `noise`, else from a new stream
-    seeded by `seed`, in each restart for all images; the global RNG is not touched. precision: what the model works in
-    while it climbs, see `attacks.precision`; x_adv keeps x's dtype.
+    seeded by `seed`, in each restart for all images; the global RNG is not touched. The model works in the
+    precision that it and torch are set to: `attacks.precision.searching` around the call sets another.
 
     Source: Madry et al. 2018 (arXiv:1706.06083). Raises ValueError, naming the argument, for images outside [0,1],
     sizes or types that do not fit, labels that the model does not know, numbers out of range, an unknown norm or loss,
     and for outputs that are not finite logits N x K. Warns `AttackWarning` of images that ce or kl did not move at all.
     """
     _check(x, y, step_size, num_steps, loss)
-    settings = Settings(
-        eps=eps, norm=norm, restarts=restarts, seed=seed, precision=precision, batch_size=max(len(x), 1)
-    )
+    Settings(eps=eps, norm=norm, restarts=restarts, seed=seed)  # checks them
     _check_start(x, start, random_start, restarts, loss)
     if not len(x):
         return x.detach().clone()
-    with attacking(model, x, settings) as victim:
+    with _attacking(model, x, seed) as victim:
         # copies: tensors made in inference mode do not go into a backward pass
         images, labels = x.detach().clone().to(victim.device), y.to(victim.device, torch.int64, copy=True)
         classify = checked_logits(victim, int(labels.max()))
@@ -143,11 +141,10 @@ def pgd(
 
         def climb(begin: Tensor, rows: Tensor | slice) -> Tensor:
             maximised = attack_loss(loss, labels[rows], None if natural is None else natural[rows])
-            with searching(model, precision, victim.device):
-                return ascend(
-                    classify, images[rows], begin[rows], maximised,
-                    eps=eps, step_size=step_size, num_steps=num_steps, norm=norm,
-                )  # fmt: skip
+            return ascend(
+                classify, images[rows], begin[rows], maximised,
+                eps=eps, step_size=step_size, num_steps=num_steps, norm=norm,
+            )  # fmt: skip
 
         def judge(x_adv: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
             logits = classify(x_adv)
@@ -163,6 +160,20 @@ def pgd(
             _go_on(x_adv, (first_point() for _ in range(restarts - 1)), climb, judge)
         victim.check()
     return x_adv.to(x.device)
+
+
+@contextmanager
+def _attacking(model: nn.Module, x: Tensor, seed: int) -> Iterator[Victim]:
+    """As AutoAttack's `attacking`, but in the precision that is set: a run in bf16 or TF32 validates in its own."""
+    device = next(model.parameters(), x).device
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(eval_mode(model))
+        stack.enter_context(frozen_weights(model))
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        seed_global(seed, device)
+        yield Victim(model, device, len(x), pad=device.type == "cuda")
 
 
 def _go_on(

@@ -140,13 +140,13 @@ def test_apgd_fools_what_can_be_fooled(attack, faithful, norm, num_classes):
 @both_norms
 @pytest.mark.parametrize("faithful", [False, True])
 def test_fab_finds_the_distance_to_one_percent(faithful, norm, num_classes):
-    """It goes 1.05 of the way, back by 0.9 and to the plane again, pulled towards x by 0.1: 1.0075 at the best."""
+    """It goes 1.05 of the way, back by 0.9 and to the plane again, pulled towards x by 0.1: 1.0052 in the end."""
     net, x, y = setting(num_classes, norm)
     fooled = net(fab_t(net, x, y, eps=EPS[norm], norm=norm, faithful=faithful)).argmax(1) != y
-    assert exactly(fooled, slack=0.01)
+    assert exactly(fooled, slack=0.006)
     anywhere = fab_t(net, x, y, eps=3 * EPS[norm], norm=norm, faithful=faithful)
     found = distance(anywhere, x, norm) / (EPS[norm] * FACTORS)
-    assert (net(anywhere).argmax(1) != y).all() and found.min() >= 1 and found.max() < 1.01
+    assert (net(anywhere).argmax(1) != y).all() and found.min() >= 1 and found.max() < 1.006
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from puat_fast.attacks import accuracy
 from puat_fast.attacks.pgd import ascend, attack_loss, pgd
+from puat_fast.attacks.precision import searching
 from puat_fast.noise import Noise
 from puat_fast.testing import RecordedNoise
 
@@ -106,7 +107,6 @@ def test_an_empty_batch():
         ({"loss": "dlr"}, "loss: 'dlr'"),
         ({"loss": "kl", "random_start": False}, "random_start: False, but loss kl has no gradient at x"),
         ({"num_steps": 2.5}, "num_steps: 2.5"),
-        ({"precision": "fp8"}, "precision: 'fp8' is not one of fp32, tf32, bf16"),
         ({"restarts": 0}, "restarts: 0, accepted: integers >= 1"),
         ({"restarts": 2, "random_start": False}, "restarts: 2 with random_start=False would all be the same"),
         ({"restarts": 3, "start": torch.zeros(2, 3, 32, 32)}, "restarts: 3 with a given start"),
@@ -303,14 +303,15 @@ def test_the_draws_of_restarts_do_not_depend_on_what_is_fooled():
     assert torch.equal(*(noise.uniform("rae", (4,)) for noise in streams))
 
 
-def test_a_lower_precision_climbs_but_does_not_judge():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_precision_that_is_set_around_it_is_the_models(precision):
     net, (x, y) = nn.Sequential(trained("relu")), heldout(20)
     low: list[bool] = []
     net.register_forward_pre_hook(lambda module, inputs: low.append(torch.is_autocast_enabled("cpu")))
-    found = pgd(net, x, y, eps=0.15, step_size=0.03, num_steps=2, restarts=2, precision="bf16")
-    assert low == [True, True, False] * 2
-    assert found.dtype == torch.float32 and (found - x).abs().max() <= 0.15 + 1e-6
-    assert not torch.equal(found, pgd(net, x, y, eps=0.15, step_size=0.03, num_steps=2, restarts=2))
+    with searching(net, precision, x.device):
+        found = pgd(net, x, y, num_steps=2)
+    assert low == [precision == "bf16"] * 2
+    assert found.dtype == torch.float32 and (found - x).abs().max() <= EPS + 1e-6
 
 
 # -- KL -------------------------------------------------------------------------------------------------------------
