@@ -69,6 +69,7 @@ def picture(C: nn.Module, gan: AcGan, path: Path) -> None:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("acgan", type=Path, help="run directory of `puat-fast train --method acgan`")
     parser.add_argument("runs", type=Path, nargs="+", help="run directories of classifiers of the same dataset")
