@@ -46,7 +46,7 @@ def measure(C: nn.Module, gan: AcGan, labels: Tensor, spec: AttackSpec, start: s
         shown: list[tuple[Tensor, Tensor]] = [(first.x_nat, first.generated_nat)]
         shown += [(found.x_adv, found.generated_adv) for found in (first, last)]
         counts += torch.stack([judged(C, gan, y, *images) for images in shown])
-    return tuple(f"{right:.0f} / {told:.0f} %" for right, told in (100 * counts / len(y_all)).tolist())
+    return tuple(f"{right:.3g} / {told:.3g} %" for right, told in (100 * counts / len(y_all)).tolist())
 
 
 def picture(C: nn.Module, gan: AcGan, path: Path) -> None:
