@@ -8,7 +8,7 @@ import torch
 from golden_cases import arrays_of, close, tiny_config, tiny_networks
 
 from puat_fast import objectives as L
-from puat_fast.attacks.pgd import ascend, attack_loss, gauss_start
+from puat_fast.attacks.pgd import ascend, attack_loss, gauss_start, pgd
 from puat_fast.engine import ema, optim, schedules
 from puat_fast.methods.trades import VERSIONS, trades_loss
 from puat_fast.networks import Classifier, Networks
@@ -215,13 +215,21 @@ def test_training_pgd(golden, dtype, mode, steps):
     [*(("cw", "cw", 2 / 255, n) for n in (1, 2, 5, 40)), *(("pgd20", "ce", 1 / 255, n) for n in (1, 20))],
 )
 def test_evaluation_pgd(golden, dtype, key, loss, step_size, steps):
+    """The public function to the last digit: deltas are stored as float32, logits as float64."""
     g = golden["13a_eval_pgd"]
-    C = nets_of(dtype).C.eval()
+    C = nets_of(dtype).C.train()  # pgd itself puts it in eval mode
     x, y = as_images(g["x"], dtype), torch.from_numpy(g["y"])
     start = (x + torch.from_numpy(g["u"]).to(dtype) * EPS).clamp(0, 1)
-    x_adv = ascend(C, x, start, attack_loss(loss, y), eps=EPS, step_size=step_size, num_steps=steps)
-    assert_attack(x_adv, x, g[f"{key}_delta255_step{steps}"], dtype)
-    close(C(x_adv), g[f"{key}_logits_step{steps}"], dtype, rtol32=1e-3, atol32=1e-4)
+    x_adv = pgd(C, x, y, eps=EPS, step_size=step_size, num_steps=steps, loss=loss, start=start)
+    exact = dtype == torch.float64
+    delta, expected = 255 * (x_adv - x).double(), torch.from_numpy(g[f"{key}_delta255_step{steps}"]).double()
+    torch.testing.assert_close(delta, expected, rtol=0, atol=5e-7 if exact else 2e-5)
+    logits = C.eval()(x_adv).double()
+    expected = torch.from_numpy(g[f"{key}_logits_step{steps}"])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12 if exact else 1e-6)
+    replayed = RecordedNoise({"rae": [(g["u"].astype(np.float64) + 1) / 2]}, dtype=dtype)
+    drawn = pgd(C, x, y, eps=EPS, step_size=step_size, num_steps=steps, loss=loss, noise=replayed)
+    torch.testing.assert_close(drawn, x_adv, rtol=0, atol=1e-12 if exact else 1e-6)
 
 
 # -- 12 teacher -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Also the search that GPGD and USong share (`search_latent`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,10 +16,13 @@ from torch import Tensor, nn
 
 from puat_fast import objectives
 from puat_fast.attacks.acgan import shrink
+from puat_fast.attacks.autoattack.common import Victim
+from puat_fast.attacks.pgd import check_not_negative, checked_logits
 from puat_fast.networks.layers import eval_mode
 from puat_fast.noise import Noise
 
 Compat = Literal["none", "official-v1"]
+Start = Literal["ball", "image"]
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(generated images, logits, delta) -> scalar to be maximised."""
@@ -57,6 +59,7 @@ class LatentSettings:
     num_steps: int
     image_size: int
     antialias: bool
+    start: Start | None
     compat: Compat
 
     def __post_init__(self) -> None:
@@ -66,14 +69,17 @@ class LatentSettings:
             raise ValueError(f"image_size: {self.image_size}, accepted: >= 1")
         if self.compat not in ("none", "official-v1"):
             raise ValueError(f"compat: {self.compat!r} is not one of none, official-v1")
+        if self.start not in ("ball", "image", None):
+            raise ValueError(f"start: {self.start!r} is not one of ball, image, None")
+
+    def first(self, z: Tensor, uniform: Tensor) -> Tensor:
+        """Where delta starts, from U[0, 1) of z's shape: U(-eps, eps); image: clip(z + U(-eps, eps), 0, 1) - z."""
+        delta = (2 * uniform.to(z) - 1) * self.eps
+        start = self.start or ("image" if self.compat == "official-v1" else "ball")
+        return (z + delta).clamp(0, 1) - z if start == "image" else delta
 
 
-def check_not_negative(name: str, value: float) -> None:
-    """Raises ValueError, naming the argument, unless 0 <= value < inf."""
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: {value}, accepted: finite numbers >= 0")
-
-
+@torch.inference_mode(False)
 def gpgd(
     model: nn.Module,
     generator: nn.Module,
@@ -85,6 +91,7 @@ def gpgd(
     z: Tensor | None = None,
     image_size: int = 32,
     antialias: bool = False,
+    start: Start | None = None,
     compat: Compat = "none",
     seed: int = 0,
     noise: Noise | None = None,
@@ -97,18 +104,21 @@ def gpgd(
     are resized to it for the model (`shrink`, antialias). y: N class indices, the classes to generate and to be
     recognised. z: N x z_dim; None draws N(0, I) of generator.z_dim. Latents take the model's device and dtype.
 
-    delta starts uniformly in the ball. compat `official-v1`: at clip(z + U(-eps, eps), 0, 1) - z, as if z were an
-    image (outside the ball, until the first projection), and the generator stays in the mode it is in (the official
-    script leaves it in train mode, where batch statistics couple the samples and its running statistics move). Else
-    it runs in eval mode, as the model always does; modes come back afterwards. No parameter collects a gradient.
+    start: where delta begins. `ball`: U(-eps, eps). `image`: clip(z + U(-eps, eps), 0, 1) - z, as if z were an image:
+    a search from z clamped to [0,1], far outside the ball until the first projection. None: as compat has it, `image`
+    with `official-v1`, else `ball`.
+
+    compat `official-v1`: the generator stays in the mode it is in (the official script leaves it in train mode, where
+    batch statistics couple the samples and its running statistics move). `none`: it runs in eval mode, as the model
+    always does; modes come back afterwards. No parameter collects a gradient.
 
     Draws: normal `latent` (when z is None), then uniform `latent_start`, from `noise`, or from a new one of `seed`.
     Dropout of a network in train mode, too, follows from it; the global RNG is left as it was.
 
     Source: PUAT, Table IX (eps 0.1 and 0.01). Raises ValueError, naming the argument, for labels out of range, a
-    negative eps, step_size or num_steps, or a z of the wrong shape.
+    negative eps, step_size or num_steps, a z of the wrong shape, and for outputs that are not images or finite logits.
     """
-    settings = LatentSettings(eps, step_size, num_steps, image_size, antialias, compat)
+    settings = LatentSettings(eps, step_size, num_steps, image_size, antialias, start, compat)
     y, z, noise = prepare_latents(model, generator, y, z, seed, noise)
 
     def objective(generated: Tensor, logits: Tensor, delta: Tensor) -> Tensor:
@@ -133,7 +143,8 @@ def prepare_latents(
     expected = tuple(z.shape[1:]) if z_dim is None else (z_dim,)
     if tuple(z.shape) != (len(y), *expected):
         raise ValueError(f"z: shape {tuple(z.shape)}, expected {(len(y), *expected)}")
-    return y.to(like.device, torch.int64), z.detach().to(like), noise
+    # copies: tensors made in inference mode do not go into a backward pass
+    return y.to(like.device, torch.int64, copy=True), z.detach().to(like, copy=True), noise
 
 
 def search_latent(
@@ -154,40 +165,37 @@ def search_latent(
     Forwards of the generator: z, then z + delta once per step, then the result, as in the official code.
     """
     s = settings
-    largest = int(y.max()) if len(y) else -1
-    delta = _start(z, s, noise)
+    delta = s.first(z, noise.uniform("latent_start", z.shape))
+    victim = Victim(model, z.device, max(len(y), 1), pad=False)
+    classify = checked_logits(victim, int(y.max()) if len(y) else -1)
 
-    def classify(generated: Tensor) -> Tensor:
-        logits: Tensor = model(shrink(generated, s.image_size, s.antialias))
-        if logits.shape[1] <= largest:
-            raise ValueError(f"y: label {largest}, but the model knows 0 to {logits.shape[1] - 1}")
-        return logits
+    def generate(latent: Tensor) -> Tensor:
+        images = generator(latent, y)
+        if not (isinstance(images, Tensor) and images.ndim == 4 and len(images) == len(y)):
+            found = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"generator: returned {found}, expected {len(y)} images N x 3 x H x W")
+        return images
 
     with ExitStack() as stack:
         for network in (model,) if s.compat == "official-v1" else (model, generator, *critics):
             stack.enter_context(eval_mode(network))
         stack.enter_context(_private_rng(noise, z.device))
         with torch.no_grad():
-            generated_nat = generator(z, y)
+            generated_nat = generate(z)
         for _ in range(s.num_steps):
             delta.requires_grad_()
             with torch.enable_grad():
-                generated = generator(z + delta, y)
-                value = objective(generated, classify(generated), delta)
+                generated = generate(z + delta)
+                value = objective(generated, classify(shrink(generated, s.image_size, s.antialias)), delta)
             (grad,) = torch.autograd.grad(value, [delta])
             delta = delta.detach() + s.step_size * grad.sign()
             if radius is not None:
                 delta = delta.clamp(-radius, radius)
         with torch.no_grad():
-            generated_adv = generator(z + delta, y)
+            generated_adv = generate(z + delta)
+        victim.check()
     x_adv, x_nat = (shrink(images, s.image_size, s.antialias) for images in (generated_adv, generated_nat))
     return LatentExamples(x_adv, x_nat, generated_adv, generated_nat, z, delta)
-
-
-def _start(z: Tensor, settings: LatentSettings, noise: Noise) -> Tensor:
-    """U(-eps, eps); official-v1: clip(z + U(-eps, eps), 0, 1) - z."""
-    delta = (2 * noise.uniform("latent_start", z.shape).to(z) - 1) * settings.eps
-    return (z + delta).clamp(0, 1) - z if settings.compat == "official-v1" else delta
 
 
 @contextmanager
@@ -204,8 +212,9 @@ def _private_rng(noise: Noise, device: torch.device) -> Iterator[None]:
 
 
 def _check_labels(y: Tensor, num_classes: int | None) -> None:
-    if y.ndim != 1 or y.is_floating_point():
-        raise ValueError(f"y: {y.dtype} of shape {tuple(y.shape)}, expected N class indices")
+    if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        found = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"y: {found}, expected a tensor of N class indices")
     if len(y) and not (y.min() >= 0 and (num_classes is None or y.max() < num_classes)):
         accepted = ">= 0" if num_classes is None else f"0 to {num_classes - 1}"
         raise ValueError(f"y: labels from {y.min()} to {y.max()}, accepted: {accepted}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from puat_fast import objectives
@@ -9,13 +10,15 @@ from puat_fast.attacks.gpgd import (
     Compat,
     LatentExamples,
     LatentSettings,
-    check_not_negative,
+    Start,
     prepare_latents,
     search_latent,
 )
+from puat_fast.attacks.pgd import check_not_negative
 from puat_fast.noise import Noise
 
 
+@torch.inference_mode(False)
 def usong(
     model: nn.Module,
     generator: nn.Module,
@@ -30,6 +33,7 @@ def usong(
     z: Tensor | None = None,
     image_size: int = 32,
     antialias: bool = False,
+    start: Start | None = None,
     compat: Compat = "none",
     seed: int = 0,
     noise: Noise | None = None,
@@ -39,27 +43,39 @@ def usong(
         delta <- delta + step_size sign(grad[CE(model(x), y) - norm_weight mean relu(|delta| - eps)
                                              - label_weight NLL(D_label(x), y)]),  x = Gen(z + delta, y)
 
-    num_steps times, from a uniform start in the eps ball; the weights are the paper's lambda1 and lambda2. The bound on
-    delta is soft: |delta| exceeds eps, by far.
+    num_steps times; the weights are the paper's lambda1 and lambda2. The bound on delta is soft: |delta| exceeds eps,
+    by far. start: `ball` or `image`, see `gpgd`; as delta is never projected, `image` searches from z clamped to [0,1]
+    to the end.
     discriminator: generated images, at the generator's own size -> (anything, log-probabilities N x (K + 1)). Nothing
     ensures that the result still shows y: report the fraction where D's label head agrees on `generated_adv`, and the
     model's accuracy on x_nat. One call is one draw per label; the official script makes 10.
 
-    compat `official-v1`: delta starts at clip(z + U(-eps, eps), 0, 1) - z and is never projected, so the search runs
-    from z clamped to [0,1]; generator and discriminator stay in the mode they are in (as published: train, with batch
-    statistics and dropout). All else as in `gpgd`: arguments, draws, modes, gradients, errors.
+    compat `official-v1`: start `image` unless one is named; generator and discriminator stay in the mode they are in
+    (as published: train, with batch statistics and dropout). All else as in `gpgd`: arguments, draws, modes, gradients,
+    errors.
 
     Source: PUAT, Table IX; Song et al. 2018 (arXiv:1805.07894) minimise a targeted loss by noisy gradient descent.
     """
-    settings = LatentSettings(eps, step_size, num_steps, image_size, antialias, compat)
+    settings = LatentSettings(eps, step_size, num_steps, image_size, antialias, start, compat)
     check_not_negative("norm_weight", norm_weight)
     check_not_negative("label_weight", label_weight)
     y, z, noise = prepare_latents(model, generator, y, z, seed, noise)
 
+    classes = int(y.max()) + 1 if len(y) else 0
+
     def objective(generated: Tensor, logits: Tensor, delta: Tensor) -> Tensor:
-        _, label_log_probs = discriminator(generated)
+        label_log_probs = _label_head(discriminator(generated), len(y), classes)
         return objectives.usong(
             logits, label_log_probs, delta, y, eps=eps, norm_weight=norm_weight, label_weight=label_weight
         )
 
     return search_latent(model, generator, y, z, objective, settings, noise, radius=None, critics=(discriminator,))
+
+
+def _label_head(output: object, rows: int, classes: int) -> Tensor:
+    """The second of a discriminator's outputs. Raises ValueError unless it is rows x K, K >= classes."""
+    head = output[1] if isinstance(output, tuple) and len(output) == 2 else None
+    if not (isinstance(head, Tensor) and head.ndim == 2 and len(head) == rows and head.shape[1] >= classes):
+        found = f"label head of shape {tuple(head.shape)}" if isinstance(head, Tensor) else type(output).__name__
+        raise ValueError(f"discriminator: returned {found}, expected (anything, log-probabilities N x (K + 1))")
+    return head

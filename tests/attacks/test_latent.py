@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from puat_fast import objectives
 from puat_fast.attacks import LatentExamples, gpgd, usong
-from puat_fast.attacks.acgan import AcDiscriminator, AcGenerator, official_acgan_name, shrink
+from puat_fast.attacks.acgan import AcDiscriminator, AcGenerator, shrink
 from puat_fast.networks import Generator
 from puat_fast.noise import Noise
 from puat_fast.testing import RecordedNoise
@@ -144,17 +144,61 @@ def test_eps_0_finds_the_natural_image():
     assert torch.equal(found.x_adv, found.x_nat) and not found.delta.any()
 
 
+@pytest.mark.parametrize(
+    ("compat", "start", "ball"),
+    [
+        ("none", None, True),
+        ("official-v1", None, False),
+        *((compat, start, start == "ball") for compat in ("none", "official-v1") for start in ("ball", "image")),
+    ],
+)
 @both_attacks
-def test_default_start_is_in_the_ball_the_published_one_clamps_the_latent(attack):
+def test_start_in_the_ball_or_at_the_clamped_latent_whatever_the_modes(attack, compat, start, ball):
     z, u = drawn(N, Z_DIM), torch.rand(N, Z_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    networks, common = (Linear(), LinearGenerator(), LinearLabels(), Y % 2), {"z": z, "eps": 0.1, "num_steps": 0}
-    default = attack(*networks, **common, noise=replay(u))
-    torch.testing.assert_close(default.delta, 0.1 * (2 * u - 1), rtol=1e-12, atol=0)
-    official = attack(*networks, **common, noise=replay(u), compat="official-v1")
+    networks = modes_networks()
+    for net in networks:
+        net.train()
+    found = attack(*networks, Y, z=z, eps=0.1, num_steps=0, noise=replay(u), compat=compat, start=start)
     moved = z + 0.1 * (2 * u - 1)
-    expected = torch.where(moved < 0, 0.0, torch.where(moved > 1, 1.0, moved))
-    torch.testing.assert_close(official.z_adv, expected, rtol=1e-12, atol=1e-12)
-    assert official.delta.abs().max() > 1  # far outside the ball
+    if ball:
+        torch.testing.assert_close(found.delta, 0.1 * (2 * u - 1), rtol=1e-12, atol=0)
+    else:
+        expected = torch.where(moved < 0, 0.0, torch.where(moved > 1, 1.0, moved))
+        torch.testing.assert_close(found.z_adv, expected, rtol=1e-12, atol=1e-12)
+        assert found.delta.abs().max() > 1  # far outside the ball
+    assert networks[1].modes == [compat == "official-v1"] * 2
+
+
+def test_usong_searches_from_where_it_starts_gpgd_comes_back_to_the_ball():
+    """official-v1's start: GPGD's projection brings delta back, USong's search stays at the clamped latent."""
+    networks, z = (Linear(), LinearGenerator(), LinearLabels(), Y % 2), 3 * drawn(N, Z_DIM)
+    common = {"z": z, "num_steps": 1, "step_size": 0.1, "start": "image"}
+    assert run_gpgd(*networks, eps=0.2, **common).delta.abs().max() <= 0.2
+    z_adv = usong(*networks, eps=0.2, **common).z_adv
+    assert -0.1001 < z_adv.min() and z_adv.max() < 1.1001
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@both_attacks
+def test_the_model_sees_the_images_made_smaller_as_asked(attack, antialias, acgan):
+    model, generator, discriminator = acgan
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    found = attack(model, generator, discriminator, Y, z=drawn(N, 12), num_steps=1, step_size=0, antialias=antialias)
+
+    def smaller(images: Tensor) -> Tensor:
+        if not antialias:
+            return images.view(N, 3, 32, 2, 32, 2).mean((3, 5))
+        weights = torch.tensor([1, 3, 3, 1], dtype=torch.float64)  # a triangle of 4 pixels; 3, 3, 1 at the borders
+        padded = F.pad(images, (1, 1, 1, 1))
+        inside = F.pad(torch.ones_like(images), (1, 1, 1, 1))
+        kernel = torch.outer(weights, weights).expand(3, 1, 4, 4)
+        blur = [F.conv2d(t, kernel, stride=2, groups=3) for t in (padded, inside)]
+        return blur[0] / blur[1]
+
+    torch.testing.assert_close(seen[0], smaller(found.generated_adv), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.x_adv, smaller(found.generated_adv), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.x_nat, smaller(found.generated_nat), rtol=1e-10, atol=1e-12)
 
 
 def test_published_gpgd_moves_first_and_projects_then():
@@ -403,9 +447,10 @@ def test_no_labels_no_images():
         ({"num_steps": -1}, "num_steps: -1"),
         ({"image_size": 0}, "image_size: 0"),
         ({"compat": "official"}, "compat: 'official'"),
+        ({"start": "corner"}, "start: 'corner' is not one of ball, image, None"),
         ({"y": torch.tensor([0, 1, K])}, "y: labels from 0 to 3, accepted: 0 to 2"),
         ({"y": torch.tensor([0, -1, 1])}, "y: labels from -1 to 1"),
-        ({"y": torch.tensor([0, 1, 2])}, "y: label 2, but the model knows 0 to 1"),
+        ({"y": torch.tensor([0, 1, 2])}, "y: label 2, accepted: 0 to 1, the model's classes"),
         ({"y": torch.tensor([[0, 1]])}, r"y: torch.int64 of shape \(1, 2\)"),
         ({"y": torch.tensor([0.0, 1.0])}, "y: torch.float32"),
         ({"z": torch.zeros(2, Z_DIM)}, r"z: shape \(2, 6\), expected \(3, 6\)"),
@@ -433,64 +478,3 @@ def test_a_generator_without_z_dim_needs_z():
     with pytest.raises(ValueError, match=r"^z: needed, since Bare"):
         gpgd(Linear(), Bare(), Y % 2)
     assert gpgd(Linear(), Bare(), Y % 2, z=drawn(N, Z_DIM), num_steps=1).z.shape == (N, Z_DIM)
-
-
-# -- AC-GAN ---------------------------------------------------------------------------------------------------------
-
-
-def test_full_size_networks_have_the_published_number_of_parameters():
-    with torch.device("meta"):
-        sizes = [sum(p.numel() for p in net.parameters()) for net in (AcGenerator(10), AcDiscriminator(10))]
-    assert sizes == [3_576_680, 2_855_808]
-
-
-def test_acgan_shapes_and_ranges():
-    torch.manual_seed(0)
-    generator, discriminator = AcGenerator(K, 12, width=2).eval(), AcDiscriminator(K, width=2).eval()
-    x = generator(torch.randn(N, 12), Y)
-    validity, log_probs = discriminator(x)
-    assert x.shape == (N, 3, 64, 64) and 0 <= x.min() and x.max() <= 1
-    assert validity.shape == (N,) and 0 <= validity.min() and validity.max() <= 1
-    torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(N))
-    assert log_probs.shape == (N, K + 1)
-    with pytest.raises(ValueError, match=r"^x: shape \(5, 3, 32, 32\)"):
-        discriminator(shrink(x))
-
-
-def test_noise_times_embedding_and_no_norm_in_the_stem():
-    torch.manual_seed(0)
-    generator = AcGenerator(K, 12, width=2).eval()
-    z = torch.randn(N, 12)
-    h = torch.einsum("nc,cokl->nokl", z * generator.embedding.weight[Y], generator.stem.weight).relu()
-    torch.testing.assert_close(generator(z, Y), generator.to_rgb(generator.blocks(h)).tanh() / 2 + 0.5)
-
-
-def test_dropout_stands_in_the_first_three_blocks():
-    assert [block.dropout.p for block in AcDiscriminator(K, width=2).blocks] == [0.5, 0.5, 0.5, 0.0]
-
-
-def test_shrink_is_a_mean_of_2x2_or_antialiased():
-    x = drawn(2, 3, 64, 64)
-    mean = x.view(2, 3, 32, 2, 32, 2).mean((3, 5))
-    torch.testing.assert_close(shrink(x), mean, rtol=1e-12, atol=1e-12)
-    triangle = torch.tensor([1, 3, 3, 1], dtype=torch.float64) / 8  # the inner pixels' weights along each axis
-    inner = F.conv2d(x.flatten(0, 1)[:, None], torch.outer(triangle, triangle)[None, None], stride=2, padding=1)
-    smooth = shrink(x, antialias=True)
-    torch.testing.assert_close(smooth[..., 1:-1, 1:-1], inner.view(2, 3, 32, 32)[..., 1:-1, 1:-1])
-    assert (smooth - mean).abs().max() > 0.1
-    assert shrink(x, 64) is x and shrink(smooth, antialias=True) is smooth
-
-
-def official_acgan_names() -> dict[str, set[str]]:
-    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    g = {"embedding.weight", "layer1.0.weight", "layer5.0.weight"}
-    g |= {f"layer{i}.0.weight" for i in (2, 3, 4)} | {f"layer{i}.1.{n}" for i in (2, 3, 4) for n in norm}
-    d = {"validity_layer.0.weight", "label_layer.0.weight"}
-    d |= {f"layer{i}.0.weight" for i in (1, 2, 3, 4)} | {f"layer{i}.1.{n}" for i in (1, 2, 3, 4) for n in norm}
-    return {"G": g, "D": d}
-
-
-@pytest.mark.parametrize(("net", "module"), [("G", AcGenerator(K, width=1)), ("D", AcDiscriminator(K, width=1))])
-def test_official_names_cover_the_networks(net, module):
-    ours = {official_acgan_name(net, name) for name in official_acgan_names()[net]}
-    assert ours == set(module.state_dict())

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from small_nets import heldout, trained
 from torch import Tensor, nn
 
-from puat_fast.attacks import accuracy
 from puat_fast.attacks.pgd import ascend, attack_loss, pgd
+from puat_fast.attacks.precision import searching
+from puat_fast.noise import Noise
+from puat_fast.testing import RecordedNoise
 
 EPS = 8 / 255
 
@@ -92,14 +97,21 @@ def test_an_empty_batch():
         ({"x": torch.full((2, 3, 32, 32), -0.1)}, "x: values"),
         ({"x": torch.full((2, 3, 32, 32), float("nan"))}, "x: values"),
         ({"x": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, "x: dtype torch.uint8"),
-        ({"y": torch.tensor([0, 1, 0])}, "y: 3 labels for 2 images"),
+        ({"y": torch.tensor([0, 1, 0])}, r"y: shape \(3,\), expected \(2,\)"),
         ({"eps": -0.1}, "eps: -0.1"),
         ({"eps": float("nan")}, "eps: nan"),
         ({"step_size": -1}, "step_size: -1"),
         ({"num_steps": -1}, "num_steps: -1"),
         ({"norm": "l1"}, "norm: 'l1'"),
         ({"loss": "dlr"}, "loss: 'dlr'"),
-        ({"loss": "kl"}, "loss: 'kl'"),
+        ({"loss": "kl", "random_start": False}, "random_start: False, but loss kl has no gradient at x"),
+        ({"num_steps": 2.5}, "num_steps: 2.5"),
+        ({"restarts": 0}, "restarts: 0, accepted: integers >= 1"),
+        ({"restarts": 2, "random_start": False}, "restarts: 2 with random_start=False would all be the same"),
+        ({"restarts": 3, "start": torch.zeros(2, 3, 32, 32)}, "restarts: 3 with a given start"),
+        ({"start": torch.zeros(2, 3, 32, 31)}, r"start: torch.float32 of shape \(2, 3, 32, 31\), expected"),
+        ({"start": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, "start: torch.uint8"),
+        ({"start": 0.5}, "start: float, expected floating point of x's shape"),
     ],
 )
 def test_mistakes_are_told_by_name(arguments, name):
@@ -198,7 +210,7 @@ def test_a_frozen_layer_in_a_training_model_stays_frozen():
 
 def test_the_mode_comes_back_after_an_error():
     model = Strange().train()
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=r"^y: label 77, accepted: 0 to 4, the model's classes"):
         pgd(model, torch.rand(2, 3, 9, 9), torch.tensor([0, 77]), num_steps=1)
     assert model.training
 
@@ -208,6 +220,122 @@ def test_under_no_grad_and_for_frozen_parameters(x):
     with torch.no_grad():
         x_adv = pgd(model, x, Y, random_start=False)
     assert torch.equal(x_adv, pgd(Linear(), x, Y, random_start=False))
+
+
+# -- where it begins, and how often ---------------------------------------------------------------------------------
+
+
+def test_a_given_start_is_where_it_begins(x):
+    model, start = Linear(), (x + 0.3).clamp(0, 1)
+    before = start.clone()
+    moved = pgd(model, x, Y, start=start, num_steps=1, step_size=0.001)
+    ascent = torch.where(Y == 0, 1.0, -1.0)[:, None] * model.w.detach().sign()
+    expected = (start + 0.001 * ascent.view_as(x)).clamp(x - EPS, x + EPS).clamp(0, 1)
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-7)
+    assert torch.equal(pgd(model, x, Y, start=start, num_steps=0), start) and torch.equal(start, before)
+    own = pgd(model, x, Y, start=x, num_steps=3)
+    assert torch.equal(own, pgd(model, x, Y, random_start=False, num_steps=3))
+
+
+def restarted(loss: str, count: int) -> tuple[nn.Module, Tensor, Tensor, Tensor, list[Tensor]]:
+    """(net, x, y, what `count` restarts find, what each of them finds alone), in float64."""
+    net, (x, y) = copy.deepcopy(trained("relu")).double(), heldout(60)
+    x = x.double()
+    g = torch.Generator().manual_seed(2)
+    draws = [torch.rand(x.shape, generator=g, dtype=torch.float64) for _ in range(count)]
+    settings = {"eps": 0.15, "step_size": 0.03, "num_steps": 3, "loss": loss}
+    alone = [pgd(net, x, y, noise=RecordedNoise({"rae": [u]}, dtype=torch.float64), **settings) for u in draws]
+    together = pgd(net, x, y, restarts=count, noise=RecordedNoise({"rae": draws}, dtype=torch.float64), **settings)
+    return net, x, y, together, alone
+
+
+@pytest.mark.parametrize("loss", ["ce", "cw", "kl"])
+def test_of_restarts_the_first_that_fools_counts_or_else_the_largest_loss(loss):
+    net, x, y, found, alone = restarted(loss, 4)
+    with torch.no_grad():
+        fooled = torch.stack([net(a).argmax(1) != y for a in alone])
+        values = torch.stack([torch.stack([attack_loss(loss, y[i : i + 1], net(x[i : i + 1]))(net(a[i : i + 1]))
+                                           for i in range(len(x))]) for a in alone])  # fmt: skip
+    chosen = torch.where(fooled.any(0), fooled.int().argmax(0), values.argmax(0))
+    expected = torch.stack(alone)[chosen, torch.arange(len(x))]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert set(chosen.tolist()) == {0, 1, 2, 3}  # all four count somewhere
+    assert fooled[0].sum() < fooled.any(0).sum() < len(x)
+
+
+def test_restarts_in_l2_stay_in_the_ball():
+    net, (x, y) = trained("relu"), heldout(60)
+    attack = {"eps": 0.6, "step_size": 0.2, "num_steps": 2, "norm": "l2"}
+    once, often = (pgd(net, x, y, restarts=n, **attack) for n in (1, 5))
+    assert (distance(often, x) <= 0.6 * (1 + 1e-6)).all()
+    right = [(net(found).argmax(1) == y) for found in (once, often)]
+    assert torch.equal(once[~right[0]], often[~right[0]]) and right[1].sum() < right[0].sum()
+
+
+def test_what_is_fooled_is_not_attacked_again():
+    net, (x, y) = nn.Sequential(trained("relu")), heldout(60)
+    rows: list[int] = []
+    net.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    settings = {"eps": 0.15, "step_size": 0.03, "num_steps": 2}
+    left = [int((trained("relu")(pgd(net, x, y, restarts=n, **settings)).argmax(1) == y).sum()) for n in (1, 2)]
+    rows.clear()
+    pgd(net, x, y, restarts=3, **settings)
+    assert rows == [60] * 3 + [left[0]] * 3 + [left[1]] * 3 and 0 < left[1] < left[0] < 60
+    rows.clear()
+    pgd(net, x, (y + 1) % 10, restarts=9, **settings)  # all wrong from the start
+    assert rows == [60] * 3
+
+
+def test_one_restart_costs_no_further_forward():
+    net, (x, y) = nn.Sequential(trained("relu")), heldout(4)
+    rows: list[int] = []
+    net.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    pgd(net, x, y, num_steps=7)
+    assert rows == [4] * 7
+
+
+def test_the_draws_of_restarts_do_not_depend_on_what_is_fooled():
+    x, y = heldout(10)
+    streams = [Noise(5), Noise(5)]
+    for labels, noise in zip((y, (y + 1) % 10), streams, strict=True):
+        pgd(trained("relu"), x, labels, num_steps=1, eps=0.01, restarts=3, noise=noise)
+    assert torch.equal(*(noise.uniform("rae", (4,)) for noise in streams))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_precision_that_is_set_around_it_is_the_models(precision):
+    net, (x, y) = nn.Sequential(trained("relu")), heldout(20)
+    low: list[bool] = []
+    net.register_forward_pre_hook(lambda module, inputs: low.append(torch.is_autocast_enabled("cpu")))
+    with searching(net, precision, x.device):
+        found = pgd(net, x, y, num_steps=2)
+    assert low == [precision == "bf16"] * 2
+    assert found.dtype == torch.float32 and (found - x).abs().max() <= EPS + 1e-6
+
+
+# -- KL -------------------------------------------------------------------------------------------------------------
+
+
+def test_kl_goes_away_from_the_natural_output_whatever_the_label():
+    net, (x, y) = copy.deepcopy(trained("relu")).double(), heldout(40)
+    x = x.double()
+    found = pgd(net, x, y, loss="kl", eps=0.1, step_size=0.02, num_steps=10)
+    assert torch.equal(found, pgd(net, x, (y + 1) % 10, loss="kl", eps=0.1, step_size=0.02, num_steps=10))
+    noise = Noise(0, dtype=torch.float64)
+    natural, x_adv = net(x).softmax(1).detach(), (x + (2 * noise.uniform("rae", x.shape) - 1) * 0.1).clamp(0, 1)
+    for _ in range(10):
+        x_adv.requires_grad_()
+        log_p = net(x_adv).log_softmax(1)
+        (grad,) = torch.autograd.grad((natural * (natural.log() - log_p)).sum(), [x_adv])
+        x_adv = torch.clamp(x_adv.detach() + 0.02 * grad.sign(), x - 0.1, x + 0.1).clamp(0, 1)
+    torch.testing.assert_close(found, x_adv, rtol=0, atol=1e-12)
+
+
+def test_kl_takes_the_natural_output_once_and_in_eval_mode():
+    model, calls = Strange().train(), []
+    model.register_forward_pre_hook(lambda m, inputs: calls.append((m.training, torch.is_grad_enabled())))
+    pgd(model, torch.rand(3, 3, 9, 9), torch.tensor([0, 4, 2]), loss="kl", num_steps=2)
+    assert calls == [(False, False), (False, True), (False, True)]
 
 
 def test_cw_stops_at_misclassified_images(x):
@@ -230,52 +358,3 @@ def test_ascend_runs_the_model_in_the_mode_it_is_in():
     model, x = Strange().train(), torch.rand(3, 3, 9, 9)
     ascend(model, x, x, attack_loss("ce", torch.tensor([0, 1, 2])), eps=EPS, step_size=EPS, num_steps=4)
     assert model.training and int(model.net[1].num_batches_tracked) == 4
-
-
-# -- accuracy -------------------------------------------------------------------------------------------------------
-
-
-class Brightness(nn.Module):
-    """Says the class that is written in the first pixel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(255.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits N x 4."""
-        return -(x[:, 0, 0, 0, None] * self.scale - torch.arange(4.0)).abs()
-
-
-def test_correct_says_image_by_image():
-    images = torch.zeros(10, 3, 32, 32, dtype=torch.uint8)
-    images[:, 0, 0, 0] = torch.arange(10) % 4
-    labels = torch.tensor([0, 1, 2, 3, 3, 1, 0, 3, 0, 1])
-    seen: list[tuple[int, int, float]] = []
-    right = accuracy.correct(Brightness(), images, labels, batch_size=3, progress=lambda *a: seen.append(a))
-    assert right.tolist() == [1, 1, 1, 1, 0, 1, 0, 1, 1, 1]
-    assert [(done, total) for done, total, _ in seen] == [(3, 10), (6, 10), (9, 10), (10, 10)]
-    assert seen[-1][2] == pytest.approx(0.8)
-
-
-def test_each_batch_gets_draws_of_its_own_and_eval_mode():
-    calls: list[tuple[int, float, bool]] = []
-
-    def attack(model, x, y, noise):
-        calls.append((len(x), float(noise.uniform("rae", (1,))), model.training))
-        return x
-
-    model = Brightness().train()
-    accuracy.correct(model, torch.zeros(7, 3, 32, 32, dtype=torch.uint8), torch.zeros(7, dtype=torch.int64), attack,
-                     batch_size=3, seed=5)  # fmt: skip
-    assert [n for n, _, _ in calls] == [3, 3, 1] and len({u for _, u, _ in calls}) == 3
-    assert not any(training for _, _, training in calls) and model.training
-
-
-def test_images_are_exactly_u_over_255():
-    got: list[Tensor] = []
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    model = Brightness()
-    model.register_forward_pre_hook(lambda m, inputs: got.append(inputs[0]))
-    accuracy.correct(model, images, torch.zeros(1, dtype=torch.int64))
-    assert torch.equal(got[0][0, 0].flatten(), torch.arange(256.0) / 255)
