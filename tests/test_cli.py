@@ -14,6 +14,7 @@ import yaml
 
 from puat_fast import cli
 from puat_fast.config import Config
+from puat_fast.evaluation.compare import wilson_interval
 from puat_fast.runlog import RunError
 
 
@@ -314,7 +315,7 @@ def test_eval_shows_and_writes_all(
         "dataset": None, "data_dir": None, "engine": "auto", "acgan": None, "compat": "none",
     }  # fmt: skip
     written = json.loads(out.read_text())
-    assert written["attacks"]["pgd-8"]["wilson95"] == cli.wilson_interval(90, 100)
+    assert written["attacks"]["pgd-8"]["wilson95"] == wilson_interval(90, 100)
     assert json.loads((run / "eval" / "clean_pgd-8.json").read_text()) == written
     text = " ".join(capsys.readouterr().out.split())
     assert "pgd-8 90.00 82.56 - 94.48 100 1.2" in text
@@ -357,14 +358,14 @@ def test_eval_of_nothing(evaluated: dict[str, Any], capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("correct, n", [(90, 100), (1, 3), (5000, 10000), (0, 10), (10, 10)])
 def test_wilson_interval_ends_where_the_score_test_is_at_its_limit(correct: int, n: int) -> None:
-    low, high = cli.wilson_interval(correct, n)
+    low, high = wilson_interval(correct, n)
     assert 0 <= low <= correct / n <= high + 1e-12 <= 1 + 1e-12
     for p in (low, high):
         assert n * (correct / n - p) ** 2 == pytest.approx(1.959964**2 * p * (1 - p), rel=1e-5, abs=1e-12)
 
 
 def test_wilson_interval_of_nothing() -> None:
-    assert cli.wilson_interval(0, 0) == [0, 1]
+    assert wilson_interval(0, 0) == [0, 1]
 
 
 # generate, info
