@@ -147,10 +147,13 @@ def test_a_pickle_in_place_of_a_classifier_is_not_run(tmp_path):
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {checkpoint.FORMAT: "not json"}])
-def test_foreign_safetensors(tmp_path, metadata):
+@pytest.mark.parametrize("metadata, says", [
+    (None, "no init_conv.weight in it, .*; it holds: weight$"), ({"format": "pt"}, "no init_conv.weight in it"),
+    ({checkpoint.FORMAT: "not json"}, "broken metadata"),
+])  # fmt: skip
+def test_foreign_safetensors(tmp_path, metadata, says):
     safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "c.safetensors", metadata)
-    with pytest.raises(CheckpointError, match="not a classifier of puat-fast"):
+    with pytest.raises(CheckpointError, match=rf"c\.safetensors: {says}"):
         checkpoint.load_classifier(tmp_path / "c.safetensors")
 
 
