@@ -77,7 +77,7 @@ def correct(
     """For each image, whether argmax model(attack(x)) == y: bool N, on the CPU.
 
     images, labels, model: as in `walk`, in `dtype`. The attack's draws come from one stream on the CPU, seeded by
-    `seed`, so that they do not depend on batch size and device. progress(done, total, accuracy so far) after each batch.
+    `seed`, so that they do not depend on batch size and device. progress(done, total, accuracy so far): each batch.
     """
     right = torch.zeros(len(images), dtype=torch.bool)
 

@@ -88,9 +88,10 @@ def paper_notes(result: Mapping[str, Any]) -> list[str]:
 
 def _paper_labels(dataset: str, method: str | None) -> int | None:
     try:
-        return Config.preset("paper", dataset=dataset, method=method or "puat").data.n_labelled
+        values = Config.preset_values("paper", dataset, method or "puat")
     except ConfigError:  # a method of the paper that this package has not
-        return Config.preset("paper", dataset=dataset).data.n_labelled
+        values = Config.preset_values("paper", dataset, "puat")
+    return Config.from_dict(values).data.n_labelled
 
 
 def percent(value: float) -> str:
@@ -144,15 +145,27 @@ def table_of_several(results: Sequence[Mapping[str, Any]], names: Sequence[str])
 
 def latent_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Beside each accuracy on generated images what puts it into proportion; no rows where there is none."""
-    shown = ("accuracy", "generated_acc", "agreement", "agreement_adv", "worst_of_draws")
-    columns = ["", "accuracy %", "before the attack %", "label head agrees %", "and after %", "right in all draws %"]
+    shown = {
+        "accuracy": "accuracy %", "generated_acc": "before the attack %", "agreement": "label head agrees %",
+        "agreement_adv": "and after %",
+    }  # fmt: skip
     latent = {name: found for name, found in result["attacks"].items() if "generated_acc" in found}
+    if any("worst_of_draws" in found for found in latent.values()):
+        shown["worst_of_draws"] = "right in all draws %"
     rows = [[name, *(percent(found[key]) if key in found else "" for key in shown)] for name, found in latent.items()]
-    return columns, rows
+    return ["", *shown.values()], rows
+
+
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """Lines to stand below the table of a result."""
+    kept = [f"{name} ({found['measured']})" for name, found in result["attacks"].items() if found["kept"]]
+    lines = [f"measured before, and kept: {', '.join(kept)}; --fresh measures anew"] if kept else []
+    lines += [f"{name}: {text}" for name, found in result["attacks"].items() for text in found.get("warnings", ())]
+    return lines + list(result["notes"])
 
 
 def labels_of(names: Sequence[str]) -> list[str]:
-    """A short name for each run, none twice: the last parts of paths, numbered where they are alike."""
+    """A name for each run, none twice: numbered where they are alike."""
     found: list[str] = []
     for name in names:
         number, label = 1, name

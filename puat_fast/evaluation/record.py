@@ -30,18 +30,18 @@ WRITING = 0.05  # part of the time that may go to writing
 
 
 def digest(*parts: Any) -> str:
-    """sha256 of modules (structure, weights, buffers), of tensors (dtype, shape, bytes) and of JSON values, in order."""
+    """sha256 of modules (structure, weights, buffers), of tensors (dtype, shape, bytes) and of JSON values."""
     sha = hashlib.sha256()
     for part in parts:
-        tensors: dict[str, Tensor] = {}
+        text, tensors = part, dict[str, Tensor]()
         if isinstance(part, nn.Module):  # mean and std are buffers that the state dict leaves out
-            part, tensors = repr(part), {**dict(part.named_parameters()), **dict(part.named_buffers())}
+            text, tensors = repr(part), {**dict(part.named_parameters()), **dict(part.named_buffers())}
         elif isinstance(part, Tensor):
-            part, tensors = "tensor", {"": part}
-        sha.update(json.dumps(part, sort_keys=True).encode() + b"\n")
+            text, tensors = "tensor", {"": part}
+        sha.update(json.dumps(text, sort_keys=True).encode() + b"\n")
         for name, tensor in sorted(tensors.items()):
             sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -54,7 +54,9 @@ class Store:
         tell: gets a line for each thing that the user should know: a folder that cannot be written, a broken record
     """
 
-    def __init__(self, folder: Path | None, fresh: bool = False, tell: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self, folder: Path | None, fresh: bool = False, tell: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.folder, self._fresh, self._tell = folder, fresh, tell
         if folder is not None:
             try:
@@ -96,6 +98,11 @@ class Record:
         self.state: State | None = None
         self.complete, self.measured = False, ""
         self._written, self._pause = perf_counter(), SAVE_SECONDS
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether what was to be written was written."""
+        return self._store.folder is not None
 
     def save(self, state: State, complete: bool = False, now: bool = False) -> None:
         """Keep a state: on disk if it is complete, or asked for `now`, or the last write was some time ago."""

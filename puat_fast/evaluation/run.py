@@ -23,7 +23,7 @@ from puat_fast.engine.signals import StopSignal
 from puat_fast.engine.step import resolve_engine
 from puat_fast.engine.trainer import resolve_device
 from puat_fast.evaluation import evaluate, latent
-from puat_fast.evaluation.compare import paper_cell, wilson_interval
+from puat_fast.evaluation.compare import paper_cell, paper_notes, wilson_interval
 from puat_fast.evaluation.names import AttackSpec, Precision, parse_attack, parse_precision
 from puat_fast.evaluation.picture import Examples, save_picture
 from puat_fast.evaluation.record import Record, State, Store, digest
@@ -98,7 +98,7 @@ class Evaluation:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / f"{name}.json", self.result)
         with files.atomic_write(folder / f"{name}.npz") as beside, open(beside, "wb") as file:
-            np.savez_compressed(file, **self.verdicts)
+            np.savez_compressed(file, **self.verdicts)  # type: ignore[arg-type]
         self.draw(grid or folder / f"{name}.png")
 
     def draw(self, grid: Path) -> None:
@@ -156,15 +156,16 @@ def evaluate_run(
 def _measure(bench: _Bench, spec: AttackSpec, record: Record, stop: StopSignal, progress: Progress | None) -> None:
     def save(state: State) -> None:
         record.save(state, now=bool(stop.name))
-        _leave_if(stop)
+        _leave_if(stop, record)
 
     record.save(bench.measure(spec, record.state, save, progress), complete=True)
-    _leave_if(stop)
+    _leave_if(stop, record)
 
 
-def _leave_if(stop: StopSignal) -> None:
+def _leave_if(stop: StopSignal, record: Record) -> None:
     if stop.name:
-        raise KeyboardInterrupt
+        told = "and saved; the same command, without --fresh, goes on" if record.on_disk else "and nothing was saved"
+        raise KeyboardInterrupt(f"interrupted, {told}")
 
 
 class _Bench:
@@ -227,6 +228,7 @@ class _Bench:
         if "worst_case" in verdicts:
             worst = counts(torch.from_numpy(verdicts["worst_case"]))
             result["worst_case"] = worst | {"wilson95": wilson_interval(worst["correct"], worst["n"])}
+        result["notes"] = paper_notes(result)
         examples = {name: Examples(state["examples"]) for name, state in states.items()}
         return Evaluation(result, verdicts, examples, self.class_names)
 
