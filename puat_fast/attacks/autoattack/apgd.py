@@ -86,7 +86,7 @@ class Apgd:
             "loss": torch.zeros_like(loss), "rises": torch.zeros_like(loss),
             "step_size": torch.full_like(loss, 2.0 * self.settings.eps),
             "halved": torch.ones_like(y, dtype=torch.bool),
-            "x_out": x_adv, "fooled": logits.max(1).indices != y,
+            "x_out": x_adv, "fooled": logits.max(1).indices != y, "late": torch.zeros_like(y, dtype=torch.bool),
         }  # fmt: skip
 
     def step(self, lanes: Lanes, iteration: Tensor, variant: Tensor) -> None:
@@ -95,6 +95,8 @@ class Apgd:
         lanes["x_before"], lanes["x_adv"] = lanes["x_adv"], x_adv
         logits, loss, lanes["grad"] = self.victim.loss_and_grad(x_adv, self._loss(lanes["y"], lanes["target"]))
         wrong = logits.max(1).indices != lanes["y"]
+        late = (iteration >= 0.75 * self.num_steps).to(wrong.device)
+        lanes["late"] = lanes["late"] | (late & wrong & ~lanes["fooled"])
         lanes["fooled"] = lanes["fooled"] | wrong
         lanes["x_out"] = torch.where(column(wrong, x_adv), x_adv, lanes["x_out"])
         better = loss > lanes["loss_best"]
@@ -165,9 +167,10 @@ def faithful_apgd(kernel_targets: int, victim: Victim, x: Tensor, y: Tensor, set
             targets = None
             if kernel_targets:
                 targets = victim.logits(x[rows]).sort(dim=1).indices[:, -2 - rank, None]
-            fooled, x_out = lockstep(Apgd(victim, x[rows], y[rows], targets, settings))
-            hit = fooled.to(x.device)
+            found = lockstep(Apgd(victim, x[rows], y[rows], targets, settings))
+            victim.late += int((found.late & found.fooled).sum())
+            hit = found.fooled.to(x.device)
             robust[rows[hit]] = False
-            x_adv[rows[hit]] = x_out[hit]
+            x_adv[rows[hit]] = found.x_out[hit]
     victim.check()
     return x_adv

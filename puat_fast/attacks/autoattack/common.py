@@ -11,11 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from puat_fast.attacks.precision import Precision, check_precision, searching
 from puat_fast.networks.layers import Compiled, eval_mode, frozen_weights
 from puat_fast.ops.pgd_step import Norm
 
 Progress = Callable[[str, int, int, float], None]
 """progress(attack, runs finished, runs in all, robust accuracy so far), every few steps."""
+
+
+SUSPICIOUS_LATE = 0.005
+"""Part of the images, fooled in the last quarter of an attack's steps, beyond which one is warned."""
 
 
 class AttackWarning(UserWarning):
@@ -37,6 +42,7 @@ class Settings:
     batch_size: int = 250
     seed: int = 0
     faithful: bool = False
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
@@ -52,6 +58,8 @@ class Settings:
                 raise ValueError(f"{name}: {getattr(self, name)}, accepted: 0 < {name} <= 1")
         if not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
             raise ValueError(f"seed: {self.seed!r}, accepted: integers from 0 to 2**63 - 1")
+        if self.faithful and self.precision != "fp32":
+            raise ValueError(f"precision: {self.precision!r}, but faithful is what the reference does, in fp32")
 
 
 def check_images(x: Tensor, y: Tensor) -> None:
@@ -86,6 +94,8 @@ class Victim:
         """Images that the model has seen, padding included."""
         self.warnings: list[str] = []
         self._broken: Tensor | None = None
+        self.late = 0
+        """Examples that were fooled only in the last quarter of an attack's steps."""
         self.starts, self._without_gradient = 0, torch.zeros((), dtype=torch.int64, device=device)
 
     def look(self, x: Tensor, y: Tensor) -> Tensor:
@@ -139,15 +149,36 @@ class Victim:
         self.warnings.append(text)
         warnings.warn(text, AttackWarning, stacklevel=5)
 
-    def warn_of_zero_gradients(self, attack: str) -> None:
-        """Warn if at some of the starting points since the last call the gradient was zero; count anew."""
-        found, starts = int(self._without_gradient), self.starts
-        self.starts, self._without_gradient = 0, torch.zeros_like(self._without_gradient)
+    def warn_of_gradients(self, attack: str, images: int) -> None:
+        """Warn if gradients were zero at starting points, or steps not through with converging; count anew.
+
+        images: of which the late ones are a part.
+        """
+        found, starts, late = int(self._without_gradient), self.starts, self.late
+        self.restore_counts([0, 0, 0])
         if found:
             self.warn(
                 f"{attack}: zero gradient at {found} of {starts} starting points ({found / starts:.1%}): attacks that "
                 "follow gradients say little about this model"
             )
+        if late > max(1, SUSPICIOUS_LATE * images):
+            self.warn(
+                f"{attack}: {late} of {images} images ({late / images:.1%}) were fooled only in the last quarter of "
+                "its steps: they have not converged, and more of them would likely find more"
+            )
+
+    def counts(self) -> list[int]:
+        """What `warn_of_gradients` will tell, to be saved."""
+        return [self.starts, int(self._without_gradient), self.late]
+
+    def restore_counts(self, counts: list[int]) -> None:
+        """Go on counting from there."""
+        self.starts, without, self.late = counts
+        self._without_gradient = torch.full_like(self._without_gradient, without)
+
+    def num_targets(self, settings: Settings) -> int:
+        """Target classes of each image: all but its own, if the settings ask for no less."""
+        return min(settings.num_targets, self.num_classes - 1)
 
     @torch.no_grad()
     def all_logits(self, x: Tensor) -> Tensor:
@@ -174,6 +205,7 @@ def attacking(model: nn.Module, x: Tensor, settings: Settings) -> Iterator[Victi
     """The model as a Victim: in eval mode, without gradients of weights, random numbers forked; all restored after."""
     weight = next(model.parameters(), None)
     device = x.device if weight is None else weight.device
+    check_precision(settings.precision, device)
     compiled = hasattr(model, "_orig_mod") or any(
         isinstance(m, Compiled) and m.compiled is not None for m in model.modules()
     )
@@ -182,6 +214,7 @@ def attacking(model: nn.Module, x: Tensor, settings: Settings) -> Iterator[Victi
         stack.enter_context(torch.no_grad())
         stack.enter_context(eval_mode(model))
         stack.enter_context(frozen_weights(model))
+        stack.enter_context(searching(model, "fp32", device))
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         seed_global(settings.seed, device)
         pad = (compiled or device.type == "cuda") and not settings.faithful

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from puat_fast.attacks.autoattack.common import Progress, Settings, Victim, attacking, check_images
+from puat_fast.attacks.autoattack.lanes import State
 from puat_fast.attacks.autoattack.single import run_attack
+from puat_fast.attacks.precision import Precision
 from puat_fast.ops.pgd_step import Norm
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -79,7 +82,11 @@ def autoattack(
     batch_size: int = 250,
     seed: int = 0,
     faithful: bool = False,
+    precision: Precision = "fp32",
     progress: Progress | None = None,
+    save: Callable[[State], None] | None = None,
+    save_every: float = 60.0,
+    saved: State | None = None,
 ) -> AutoAttackResult:
     """AutoAttack, standard version by default: robust is what is right after APGD-CE, APGD-T, FAB-T and Square.
 
@@ -93,16 +100,23 @@ def autoattack(
     to its own bit for bit (CPU, float32, same batch_size and seed), FAB-T's to rounding. Else the fast way. Whatever an
     attack claims is checked by one more pass. progress: see `Progress`; with `faithful` once for each attack.
 
+    precision: what the model works in while it is searched, see `attacks.precision`; all that is found is judged in
+    float32, and what fails there is attacked again in float32. With bf16 fewer images may be found than with fp32.
+    save: called with all that there is, every save_every seconds and after each attack (with `faithful` only then):
+    tensors on the CPU, numbers, strings, and lists and dicts of them. saved: such a state, of the same call, to go on
+    from: with the same model the end is the same, to the bit.
+
     Source: Croce & Hein 2020 (arXiv:2003.01690). Raises ValueError naming the argument and what is accepted. Warns
-    `AttackWarning` for outputs that look like probabilities, two passes that differ, zero gradients, less than 4
-    classes, and where Square breaks images that withstood the attacks with gradients: then the gradients are masked.
+    `AttackWarning` for outputs that look like probabilities, two passes that differ, zero gradients, steps that have
+    not converged, less than 4 classes, and where Square breaks images that withstood the attacks with gradients: then
+    the gradients are masked.
     """
     names = check_attacks(attacks)
     if not (isinstance(iterations, int) and iterations >= 1):
         raise ValueError(f"iterations: {iterations!r}, accepted: integers >= 1")
     settings = Settings(
         eps=eps, norm=norm, num_steps=iterations, num_queries=num_queries, num_targets=num_targets, restarts=restarts,
-        batch_size=batch_size, seed=seed, faithful=faithful,
+        batch_size=batch_size, seed=seed, faithful=faithful, precision=precision,
     )  # fmt: skip
     usual = Settings(eps=eps, norm=norm, restarts=restarts, batch_size=batch_size, seed=seed, faithful=faithful)
     standard = names == STANDARD and settings == usual
@@ -111,9 +125,12 @@ def autoattack(
         return AutoAttackResult(x.clone(), y.clone(), (), {}, {}, (), standard)
     with attacking(model, x, settings) as victim:
         images, labels = x.detach().clone().to(victim.device), y.to(victim.device, torch.int64)
-        run = _Run(victim, images, labels, settings, progress)
+        run = _Run(victim, images, labels, settings, names, progress, save, save_every)
+        if saved is not None:
+            run.load(saved)
         for name in names if eps > 0 else ():
-            run.attack(name)
+            if name not in run.seconds:
+                run.attack(name)
     return AutoAttackResult(
         run.x_adv.to(x.device), run.y_adv.to(y.device), tuple(run.broken_by), run.accuracy, run.seconds,
         tuple(victim.warnings), standard,
@@ -123,41 +140,103 @@ def autoattack(
 class _Run:
     """An evaluation under way."""
 
-    def __init__(self, victim: Victim, x: Tensor, y: Tensor, settings: Settings, progress: Progress | None) -> None:
-        self.victim, self.x, self.y, self.settings, self.progress = victim, x, y, settings, progress
+    def __init__(
+        self,
+        victim: Victim,
+        x: Tensor,
+        y: Tensor,
+        settings: Settings,
+        names: Sequence[str],
+        progress: Progress | None,
+        save: Callable[[State], None] | None,
+        save_every: float,
+    ) -> None:
+        self.victim, self.x, self.y, self.settings, self.names = victim, x, y, settings, names
         self.x_adv, self.y_adv = x.clone(), victim.look(x, y).argmax(1)
         self.robust = self.y_adv == y
         self.broken_by: list[str | None] = [None if right else "clean" for right in self.robust.tolist()]
         self.accuracy = {"clean": self.robust.double().mean().item()}
         self.seconds: dict[str, float] = {}
+        self.progress, self.save, self.save_every, self.saved_at = progress, save, save_every, time.perf_counter()
+        self.unfinished: State | None = None
+        """Where the next attack goes on: seconds so far, counts of its gradients, lanes."""
 
     def attack(self, name: str) -> None:
-        """Run an attack on what is robust so far."""
+        """Run an attack on what is robust so far, or what is left of it."""
         start, victim, before = time.perf_counter(), self.victim, list(self.accuracy)
         rows = self.robust.nonzero().flatten()
-        if name == "apgd-t" and victim.num_classes < 4:
+        if name == "apgd-t" and victim.num_classes < 4 and self.unfinished is None:
             victim.warn(f"apgd-t: the DLR loss needs 4 classes, of {victim.num_classes} the loss is z_t - z_y")
+        lanes = None
+        if self.unfinished is not None:
+            start -= self.unfinished["seconds"]
+            victim.restore_counts(self.unfinished["counts"])
+            lanes, self.unfinished = self.unfinished["lanes"], None
 
         def report(done: int, total: int, fooled: int) -> None:
             if self.progress is not None:
                 self.progress(name, done, total, (len(rows) - fooled) / len(self.x))
 
+        def save(lanes: Callable[[], State]) -> None:
+            if self.save is not None and time.perf_counter() >= self.saved_at + self.save_every:
+                spent = time.perf_counter() - start
+                under_way = {"seconds": spent, "counts": victim.counts(), "lanes": lanes()}
+                self.save(self.state() | {"unfinished": under_way})
+                self.saved_at = time.perf_counter()
+
         if len(rows):
-            x_adv = run_attack(name, victim, self.x[rows], self.y[rows], self.settings, report)
-            classes = victim.all_logits(x_adv).argmax(1)
-            hit = classes != self.y[rows]
-            self.x_adv[rows[hit]], self.y_adv[rows[hit]] = x_adv[hit], classes[hit]
-            self.robust[rows[hit]] = False
-            for row in rows[hit].tolist():
-                self.broken_by[row] = name
+            self._note(
+                name, rows, run_attack(name, victim, self.x[rows], self.y[rows], self.settings, report, save, lanes)
+            )
         self.accuracy[name] = self.robust.double().mean().item()
         self.seconds[name] = time.perf_counter() - start
         if self.progress is not None:
             self.progress(name, len(rows), len(rows), self.accuracy[name])
-        victim.warn_of_zero_gradients(name)
+        self._warn(name, before)
+        if self.save is not None:
+            self.save(self.state())
+
+    def _note(self, name: str, rows: Tensor, x_adv: Tensor) -> None:
+        classes = self.victim.all_logits(x_adv).argmax(1)
+        hit = classes != self.y[rows]
+        self.x_adv[rows[hit]], self.y_adv[rows[hit]] = x_adv[hit], classes[hit]
+        self.robust[rows[hit]] = False
+        for row in rows[hit].tolist():
+            self.broken_by[row] = name
+
+    def _warn(self, name: str, before: list[str]) -> None:
+        """before: clean, and the attacks so far."""
+        self.victim.warn_of_gradients(name, len(self.x))
         lost = self.accuracy[before[-1]] - self.accuracy[name]
         if name == "square" and len(before) > 1 and lost > SUSPICIOUS:
-            victim.warn(
+            self.victim.warn(
                 f"square took {lost:.1%} of robust accuracy that {', '.join(before[1:])} had left: the gradients of "
                 "this model are masked, and its robust accuracy is likely to be lower still"
             )
+
+    def state(self) -> State:
+        """All but an attack under way."""
+        broken = ~self.robust
+        return {
+            "of": self._fingerprint(), "robust": self.robust.cpu(), "x_adv": self.x_adv[broken].cpu(),
+            "y_adv": self.y_adv.cpu(), "broken_by": [name or "" for name in self.broken_by],
+            "accuracy": dict(self.accuracy), "seconds": dict(self.seconds), "warnings": list(self.victim.warnings),
+            "unfinished": None,
+        }  # fmt: skip
+
+    def load(self, state: State) -> None:
+        """Go on from there. Raises ValueError if it is of other images, labels, attacks or settings."""
+        if state.get("of") != self._fingerprint():
+            raise ValueError("saved: the state of another call: images, labels, attacks and settings must be the same")
+        self.robust, self.y_adv = state["robust"].to(self.x.device), state["y_adv"].to(self.x.device)
+        self.x_adv[~self.robust] = state["x_adv"].to(self.x.device)
+        self.broken_by = [name or None for name in state["broken_by"]]
+        self.accuracy, self.seconds = dict(state["accuracy"]), dict(state["seconds"])
+        self.victim.warnings = list(state["warnings"])
+        self.unfinished = state["unfinished"]
+
+    def _fingerprint(self) -> str:
+        told = hashlib.sha256(repr((self.names, self.settings)).encode())
+        for tensor in (self.x, self.y):
+            told.update(tensor.cpu().numpy().tobytes())
+        return told.hexdigest()

@@ -135,9 +135,9 @@ def faithful_fab(num_targets: int, victim: Victim, x: Tensor, y: Tensor, setting
                 return x_adv
             targets = victim.logits(x[rows]).sort(dim=1).indices[:, -2 - rank, None]
             kernel = Fab(victim, x[rows], y[rows], targets, replace(settings, restarts=restart + 1))
-            fooled, x_out = lockstep(kernel, variant=restart)
-            hit = fooled.to(x.device)
+            found = lockstep(kernel, variant=restart)
+            hit = found.fooled.to(x.device)
             robust[rows[hit]] = False
-            x_adv[rows[hit]] = x_out[hit]
+            x_adv[rows[hit]] = found.x_out[hit]
     victim.check()
     return x_adv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,43 +12,67 @@ from torch import Tensor, nn
 from puat_fast.attacks.autoattack.apgd import Apgd, faithful_apgd
 from puat_fast.attacks.autoattack.common import Settings, Victim, attacking, check_images
 from puat_fast.attacks.autoattack.fab import Fab, faithful_fab
-from puat_fast.attacks.autoattack.lanes import Kernel, run_lanes
+from puat_fast.attacks.autoattack.lanes import Kernel, LaneRun, State
 from puat_fast.attacks.autoattack.square import Square, faithful_square
+from puat_fast.attacks.precision import searching
 from puat_fast.ops.pgd_step import Norm
 
 Report = Callable[[int, int, int], None]
+Save = Callable[[Callable[[], State]], None]
 
 
 def run_attack(
-    name: str, victim: Victim, x: Tensor, y: Tensor, settings: Settings, report: Report | None = None
+    name: str,
+    victim: Victim,
+    x: Tensor,
+    y: Tensor,
+    settings: Settings,
+    report: Report | None = None,
+    save: Save | None = None,
+    saved: State | None = None,
 ) -> Tensor:
-    """x_adv of one attack on images that the model gets right; x where nothing fooled. All on the model's device."""
+    """x_adv of one attack on images that the model gets right; x where nothing fooled. All on the model's device.
+
+    What was found in a lower precision but does not fool in float32 is attacked again in float32. save, saved: of
+    `LaneRun`, but for `faithful`.
+    """
     if not len(x):
         return x.clone()
-    num_targets = min(settings.num_targets, victim.num_classes - 1)
     if settings.faithful:
-        attacks: dict[str, Callable[[Victim, Tensor, Tensor, Settings], Tensor]] = {
-            "apgd-ce": partial(faithful_apgd, 0),
-            "apgd-t": partial(faithful_apgd, num_targets),
-            "fab-t": partial(faithful_fab, num_targets),
-            "square": faithful_square,
-        }
-        attack = attacks[name]
-        batches = zip(x.split(settings.batch_size), y.split(settings.batch_size), strict=True)
-        return torch.cat([attack(victim, x_part, y_part, settings) for x_part, y_part in batches])
-    kernel: Kernel
+        return _faithful(name, victim, x, y, settings)
+    # from the second largest logit on: y is the largest
+    targets = victim.all_logits(x).sort(dim=1).indices.flip(1)[:, 1 : victim.num_targets(settings) + 1]
+    run = LaneRun(_kernel(name, victim, x, y, targets, settings), victim, settings.batch_size)
+    if saved is not None:
+        run.load(saved)
+    with searching(victim.model, settings.precision, victim.device):
+        found = run.run(report, save)
+    victim.late += int(found.late.sum())
+    if settings.precision != "fp32":
+        doubtful = (victim.all_logits(found.x_out).argmax(1) == y) & found.fooled.to(y.device)
+        again = replace(settings, precision="fp32")
+        found.x_out[doubtful] = run_attack(name, victim, x[doubtful], y[doubtful], again)
+    return found.x_out
+
+
+def _kernel(name: str, victim: Victim, x: Tensor, y: Tensor, targets: Tensor, settings: Settings) -> Kernel:
     if name == "square":
-        kernel = Square(victim, x, y, settings)
-    else:
-        # from the second largest logit on: y is the largest
-        targets = victim.all_logits(x).sort(dim=1).indices.flip(1)[:, 1 : num_targets + 1]
-        kernel = (
-            Fab(victim, x, y, targets, settings)
-            if name == "fab-t"
-            else Apgd(victim, x, y, None if name == "apgd-ce" else targets, settings)
-        )
-    _, x_adv = run_lanes(kernel, victim, settings.batch_size, report=report)
-    return x_adv
+        return Square(victim, x, y, settings)
+    if name == "fab-t":
+        return Fab(victim, x, y, targets, settings)
+    return Apgd(victim, x, y, None if name == "apgd-ce" else targets, settings)
+
+
+def _faithful(name: str, victim: Victim, x: Tensor, y: Tensor, settings: Settings) -> Tensor:
+    num_targets = victim.num_targets(settings)
+    attacks: dict[str, Callable[[Victim, Tensor, Tensor, Settings], Tensor]] = {
+        "apgd-ce": partial(faithful_apgd, 0),
+        "apgd-t": partial(faithful_apgd, num_targets),
+        "fab-t": partial(faithful_fab, num_targets),
+        "square": faithful_square,
+    }
+    batches = zip(x.split(settings.batch_size), y.split(settings.batch_size), strict=True)
+    return torch.cat([attacks[name](victim, x_part, y_part, settings) for x_part, y_part in batches])
 
 
 def attack_alone(name: str, model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> Tensor:
@@ -61,7 +86,7 @@ def attack_alone(name: str, model: nn.Module, x: Tensor, y: Tensor, settings: Se
         x_adv = images.clone()
         if settings.eps > 0:
             x_adv[right] = run_attack(name, victim, images[right], labels[right], settings)
-        victim.warn_of_zero_gradients(name)
+        victim.warn_of_gradients(name, len(x))
     return x_adv.to(x.device)
 
 

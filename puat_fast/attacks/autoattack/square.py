@@ -19,7 +19,7 @@ from puat_fast.attacks.autoattack.common import (
     private_generator,
     seed_global,
 )
-from puat_fast.attacks.autoattack.lanes import Lanes, run_lanes
+from puat_fast.attacks.autoattack.lanes import LaneRun, Lanes
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries after each of which the part of the image that a square covers is halved; p_init before the first."""
@@ -243,7 +243,7 @@ def faithful_square(victim: Victim, x: Tensor, y: Tensor, settings: Settings) ->
         if not len(rows):
             break
         kernel = Square(victim, x[rows], y[rows], replace(settings, restarts=1))
-        _, x_out = run_lanes(kernel, victim, len(rows), check_every=1)
+        x_out = LaneRun(kernel, victim, len(rows), check_every=1).run().x_out
         hit = victim.logits(x_out).max(1).indices != y[rows]  # margins of 0 may be right after all
         robust[rows[hit]] = False
         x_adv[rows[hit]] = x_out[hit]
