@@ -14,7 +14,6 @@ import yaml
 
 from puat_fast import cli
 from puat_fast.config import Config
-from puat_fast.evaluation.compare import wilson_interval
 from puat_fast.runlog import RunError
 
 
@@ -284,88 +283,6 @@ def test_mistakes_of_ours_are_not_hidden(trainer: Trained) -> None:
     trainer.act = fail
     with pytest.raises(RuntimeError, match="shapes"):
         cli.main(["train"])
-
-
-# eval
-
-
-@pytest.fixture
-def evaluated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """Options that evaluate_run got; in tmp_path / "run" there is a run directory."""
-    (tmp_path / "run").mkdir()
-    got: dict[str, Any] = {}
-
-    def evaluate_run(path: Path, attacks: list[str], *, progress: Any, **options: Any) -> dict[str, Any]:
-        got.update(options, path=path, attacks=attacks)
-        progress("clean", 50, 100, 0.9)
-        found = {name: {"accuracy": 0.9, "correct": 90, "n": 100, "seconds": 1.25} for name in attacks}
-        return {"run": str(path), "dataset": "digits", "n": 100, "attacks": found}
-
-    fake(monkeypatch, "puat_fast.evaluation.evaluate", evaluate_run=evaluate_run)
-    return got
-
-
-def test_eval_shows_and_writes_all(
-    evaluated: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, out = tmp_path / "run", tmp_path / "out.json"
-    assert cli.main(["eval", str(run), "--attacks", "clean,pgd-8", "--json", str(out)]) == 0
-    assert evaluated == {
-        "path": run, "attacks": ["clean", "pgd-8"], "n": None, "batch_size": 256, "seed": 0, "device": "auto",
-        "dataset": None, "data_dir": None, "engine": "auto", "acgan": None, "compat": "none",
-    }  # fmt: skip
-    written = json.loads(out.read_text())
-    assert written["attacks"]["pgd-8"]["wilson95"] == wilson_interval(90, 100)
-    assert json.loads((run / "eval" / "clean_pgd-8.json").read_text()) == written
-    text = " ".join(capsys.readouterr().out.split())
-    assert "pgd-8 90.00 82.56 - 94.48 100 1.2" in text
-
-
-def test_eval_of_a_part_or_of_other_images_has_a_name_of_its_own(evaluated: dict[str, Any], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    argv = ["--attacks", "clean", "--n", "50", "--dataset", "cifar10", "--data_dir", "d", "--batch_size", "8"]
-    assert cli.main(["eval", str(run), *argv]) == 0
-    assert (evaluated["n"], evaluated["dataset"], evaluated["data_dir"], evaluated["batch_size"]) == (
-        50, "cifar10", "d", 8,
-    )  # fmt: skip
-    assert [file.name for file in (run / "eval").iterdir()] == ["clean_n50_cifar10.json"]
-
-
-def test_eval_of_a_weights_file_writes_only_what_is_asked_for(evaluated: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "run" / "classifier.safetensors").touch()
-    assert cli.main(["eval", str(tmp_path / "run" / "classifier.safetensors")]) == 0
-    assert [file.name for file in (tmp_path / "run").iterdir()] == ["classifier.safetensors"]
-    assert evaluated["attacks"] == ["clean", "pgd-2", "pgd-4", "pgd-8"]
-
-
-@pytest.mark.parametrize("argv, code, says", [
-    (["--attacks", "pgd-8,agd-4"], 2, "attacks: 'agd-4' is not one of clean, pgd-E"),
-    (["--n", "0"], 2, "argument --n: '0' is not a whole number >= 1"),
-    (["--seed", "-1"], 2, "argument --seed: '-1' is not a whole number >= 0"),
-    (["--json", "/no/such/folder/x.json"], 2, "cannot be written"),
-    (["--dataset", "mnist"], 2, "argument --dataset: invalid choice: 'mnist'"),
-])  # fmt: skip
-def test_eval_refuses_before_it_works(
-    evaluated: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], code: int, says: str
-) -> None:
-    assert says in error_of(capsys, "eval", str(tmp_path / "run"), *argv, code=code)
-    assert evaluated == {}
-
-
-def test_eval_of_nothing(evaluated: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert "/no/run: no such run directory or file" in error_of(capsys, "eval", "/no/run", code=1)
-
-
-@pytest.mark.parametrize("correct, n", [(90, 100), (1, 3), (5000, 10000), (0, 10), (10, 10)])
-def test_wilson_interval_ends_where_the_score_test_is_at_its_limit(correct: int, n: int) -> None:
-    low, high = wilson_interval(correct, n)
-    assert 0 <= low <= correct / n <= high + 1e-12 <= 1 + 1e-12
-    for p in (low, high):
-        assert n * (correct / n - p) ** 2 == pytest.approx(1.959964**2 * p * (1 - p), rel=1e-5, abs=1e-12)
-
-
-def test_wilson_interval_of_nothing() -> None:
-    assert wilson_interval(0, 0) == [0, 1]
 
 
 # generate, info

@@ -158,10 +158,14 @@ def latent_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
 
 def notes(result: Mapping[str, Any]) -> list[str]:
     """Lines to stand below the table of a result."""
-    kept = [f"{name} ({found['measured']})" for name, found in result["attacks"].items() if found["kept"]]
-    lines = [f"measured before, and kept: {', '.join(kept)}; --fresh measures anew"] if kept else []
+    kept = [f"{name} {_minute(found['measured'])}" for name, found in result["attacks"].items() if found["kept"]]
+    lines = [f"measured before, and kept (UTC): {', '.join(kept)}; --fresh measures anew"] if kept else []
     lines += [f"{name}: {text}" for name, found in result["attacks"].items() for text in found.get("warnings", ())]
     return lines + list(result["notes"])
+
+
+def _minute(time: str) -> str:
+    return time[:16].replace("T", " ")
 
 
 def labels_of(names: Sequence[str]) -> list[str]:

@@ -18,6 +18,8 @@ from puat_fast.evaluation.record import State
 from puat_fast.evaluation.tally import Progress, Save, Tally, counts
 from puat_fast.noise import Noise
 
+SAVE_EVERY = 5.0  # seconds between two states of AutoAttack; after a Ctrl-C one waits for the next
+
 
 def evaluate(
     model: nn.Module,
@@ -114,6 +116,7 @@ def _autoattack(
     found = autoattack(
         model, x, labels, spec.eps, iterations=spec.num_steps, batch_size=batch_size, seed=seed, progress=tell,
         precision=precision, saved=saved["autoattack"] if saved else None, save=None if save is None else keep,
+        save_every=SAVE_EVERY,
     )  # fmt: skip
     return {
         "columns": {"right": found.robust}, "examples": _examples(found, x, labels).state_dict(),
