@@ -230,11 +230,11 @@ class _Progress:
         if not self._line.due():
             return
         parts = [f"{self._label}{name}", f"{done}/{total} images"]
+        parts += [f"accuracy so far {100 * accuracy:.2f} %"] if done or accuracy else []
         _, first, start = self._clock
-        if done > first:
+        if first < done < total:
             seconds = (perf_counter() - start) * (total - done) / (done - first)
-            parts += [f"accuracy so far {100 * accuracy:.2f} %"]
-            parts += [f"{datetime.timedelta(seconds=round(seconds))} left"] if done < total else []
+            parts.append(f"{datetime.timedelta(seconds=round(seconds))} left")
         self._line.show("  ".join(parts))
 
     def __exit__(self, *error: object) -> None:

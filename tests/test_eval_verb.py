@@ -243,6 +243,7 @@ def test_progress_tells_images_accuracy_and_time_left(monkeypatch: pytest.Monkey
     with eval_verb._Progress() as progress:
         progress._line = ProgressLine(Console(file=out, width=200))
         progress.begin("a")
+        progress("clean", 0, 400, 0.0)
         progress("pgd-8", 100, 400, 0.5)  # goes on at image 100
         now[0] = 10.0
         progress("pgd-8", 200, 400, 0.625)
@@ -252,10 +253,11 @@ def test_progress_tells_images_accuracy_and_time_left(monkeypatch: pytest.Monkey
         now[0] = 24.0
         progress("aa apgd-t", 100, 400, 0.5)
     assert out.getvalue().splitlines() == [
-        "a  pgd-8  100/400 images",
+        "a  clean  0/400 images",
+        "a  pgd-8  100/400 images  accuracy so far 50.00 %",
         "a  pgd-8  200/400 images  accuracy so far 62.50 %  0:00:20 left",
         "a  pgd-8  400/400 images  accuracy so far 60.00 %",
-        "a  aa apgd-t  0/400 images",
+        "a  aa apgd-t  0/400 images  accuracy so far 60.00 %",
         "a  aa apgd-t  100/400 images  accuracy so far 50.00 %  0:00:12 left",
     ]
 
