@@ -14,6 +14,7 @@ SCRIPTS = {
     "ops": "every fused op against plain torch and torch.compile",
     "conv": "the networks' convolutions as they are run: TFLOP/s by shape, direction and precision",
     "loader": "the loaders: images/s alone and under a training step, memory, start-up",
+    "attacks": "AutoAttack: pyautoattack's and ours on one classifier, time and accuracy by attack",
 }
 _NAMES = "\n".join(f"  {name:8}{what}" for name, what in SCRIPTS.items())
 HELP = f"""\

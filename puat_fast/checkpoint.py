@@ -69,11 +69,24 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def save_classifier(path: Path, C: Classifier, dataset: str, class_names: Sequence[str], facts: dict[str, Any]) -> None:
+def save_classifier(
+    path: Path, C: Classifier, dataset: str | None, class_names: Sequence[str], facts: dict[str, Any]
+) -> None:
     """Write weights and buffers as safetensors, with what is needed to rebuild the network in the metadata.
 
     facts: whatever else is worth knowing (method, epoch, validation accuracy), as JSON values.
     """
+    metadata = {FORMAT: record(C, dataset, class_names, facts)}  # one key: safetensors writes several in any order
+    tensors = published(C)
+    with files.atomic_write(path) as beside:
+        safetensors.torch.save_file(tensors, beside, metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        beside.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
+
+
+def record(C: Classifier, dataset: str | None, class_names: Sequence[str], facts: dict[str, Any]) -> str:
+    """What is needed to rebuild a network, beside its weights, as JSON."""
     mean, std = C.normalisation
     about = {
         "arch": {"name": ARCH, "depth": C.depth, "width": C.width, "num_classes": C.num_classes},
@@ -83,18 +96,13 @@ def save_classifier(path: Path, C: Classifier, dataset: str, class_names: Sequen
         "class_names": list(class_names),
         "facts": facts,
     }
-    metadata = {FORMAT: json.dumps(about)}  # one key: safetensors writes several in any order
-    tensors = {name: _published(tensor) for name, tensor in C.state_dict().items()}
-    with files.atomic_write(path) as beside:
-        safetensors.torch.save_file(tensors, beside, metadata)
-        umask = os.umask(0)
-        os.umask(umask)
-        beside.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
+    return json.dumps(about)
 
 
-def _published(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.float() if tensor.is_floating_point() else tensor
-    return tensor.cpu().clone(memory_format=torch.contiguous_format)  # what safetensors takes
+def published(C: Classifier) -> dict[str, torch.Tensor]:
+    """The state dict in float32 on the CPU, each tensor contiguous and with memory of its own: what files take."""
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in C.state_dict().items()}
+    return {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
 def load_classifier(
@@ -188,7 +196,7 @@ def _metadata(file: Path) -> dict[str, Any] | None:
         found = json.loads(metadata[FORMAT])
     except ValueError as error:
         raise CheckpointError(f"{file}: broken metadata: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("dataset"), str):
+    if not isinstance(found, dict) or not isinstance(found.get("dataset"), str | None):
         raise CheckpointError(f"{file}: broken metadata: {found!r}")
     return found
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from puat_fast import __version__, bench, data_verbs, eval_verb, files, info
+from puat_fast import __version__, bench, data_verbs, eval_verb, export_verb, files, info
 from puat_fast.config import Config, ConfigError
 from puat_fast.options import ConfigParser, parse_options
 from puat_fast.runlog import RunError
@@ -106,7 +106,7 @@ def _run_verb(argv: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=f"puat-fast {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, title="verbs")
     verbs.add_parser("train", help=TRAIN)
-    for add in (eval_verb.add, _add_generate, data_verbs.add, _add_bench, _add_info):
+    for add in (eval_verb.add, _add_generate, export_verb.add, data_verbs.add, _add_bench, _add_info):
         add(verbs)
     if argv[:1] != ["bench"]:  # whose options are its scripts'
         argv = spelled(argv, parser)

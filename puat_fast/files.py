@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno is not None:  # the user knows the file, not the temporary one
             raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Write a folder as a whole: yields a new one beside `path`, which takes its place when the block ends.
+
+    When the block raises, or is interrupted, `path` is as before and the new folder is gone; what stood at `path` is
+    replaced with all that it holds. The files in it are the block's to write whole. Raises OSError.
+    """
+    path = Path(path).resolve()
+    new, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    new.mkdir()
+    try:
+        yield new
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
     _sync_folder(path.parent)
 
 

@@ -203,6 +203,8 @@ def test_every_option_is_in_the_help_with_its_comment(capsys: pytest.CaptureFixt
     (["train", "--print-config"], 0), (["train", "--loss.gama", "1"], 2), (["train", "--preset", "x"], 2),
     (["train", "--attack.eps", "x"], 2), (["eval", "runs/a", "--attacks", "x"], 2), ([], 2),
     (["bench", "--help"], 0), (["bench"], 2), (["bench", "nothing"], 2),
+    (["export", "--help"], 0), (["export", "runs/a", "--format", "x"], 2),
+    (["export", "/no/run", "--format", "onnx"], 1),
 ])  # fmt: skip
 def test_help_and_errors_come_without_torch(argv: list[str], code: int) -> None:
     script = "import sys; from puat_fast.cli import main; code = main(); print('torch' in sys.modules); sys.exit(code)"

@@ -85,3 +85,34 @@ def test_stale_files_of_others_stay(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     files.remove_stale(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".other.program.tmp"]
+
+
+def test_folder_is_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with files.atomic_folder(target) as new:
+        (new / "a").write_text("1")
+        assert not target.exists()
+    with pytest.raises(KeyboardInterrupt), files.atomic_folder(target) as new:
+        (new / "a").write_text("2")
+        raise KeyboardInterrupt
+    assert [(file.name, file.read_text()) for file in target.iterdir()] == [("a", "1")]
+    with files.atomic_folder(target) as new:
+        (new / "b").write_text("3")
+    assert [(file.name, file.read_text()) for file in target.iterdir()] == [("b", "3")]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, rename = tmp_path / "out", Path.rename
+    with files.atomic_folder(target) as new:
+        (new / "a").write_text("1")
+
+    def refuse(self: Path, to: Path) -> Path:
+        if self.name.endswith(".new"):
+            raise OSError(28, "No space left on device")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="No space"), files.atomic_folder(target):
+        pass
+    assert (target / "a").read_text() == "1" and list(tmp_path.iterdir()) == [target]

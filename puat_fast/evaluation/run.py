@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from puat_fast import __version__, checkpoint, files
+from puat_fast import __version__, checkpoint, files, networks
 from puat_fast.attacks.acgan_file import AcGan
 from puat_fast.attacks.gpgd import Compat
 from puat_fast.attacks.precision import check_precision
@@ -182,7 +182,7 @@ class _Bench:
         if any(spec.latent for spec in specs):
             self.acgan = latent.load_acgan_for(options.acgan, self.device, self.C.num_classes)
         self.images, self.labels, self.n_test, self.class_names = _test_images(subject, options.n)
-        parts = [__version__, torch.__version__, self.device.type, self.C, self.images, self.labels]
+        parts = [_code(), __version__, torch.__version__, self.device.type, self.C, self.images, self.labels]
         self.engine = resolve_engine(options.engine, self.device)
         if self.engine == "compiled" and compiling.why_not(self.device.type) is not None:
             self.engine = "eager"
@@ -231,6 +231,13 @@ class _Bench:
         result["notes"] = paper_notes(result)
         examples = {name: Examples(state["examples"]) for name, state in states.items()}
         return Evaluation(result, verdicts, examples, self.class_names)
+
+
+def _code() -> str:
+    """sha256 of the sources of attacks and networks: while they are worked on, the version stays."""
+    root = Path(networks.__file__).parents[1]
+    sources = [file for part in ("attacks", "networks") for file in sorted((root / part).rglob("*.py"))]
+    return digest([file.read_text(encoding="utf-8") for file in sources])
 
 
 def _test_images(subject: Subject, n: int | None) -> tuple[Tensor, Tensor, int, Sequence[str]]:

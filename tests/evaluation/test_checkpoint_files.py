@@ -179,7 +179,7 @@ def test_weights_that_do_not_fit(run, tmp_path):
         {"arch": {"name": "resnet", "depth": 10, "width": 1, "num_classes": 10}},
         {"mean": [1, 2]},
         {"std": None},
-        {"dataset": None},
+        {"dataset": 3},
     ],
     ids=str,
 )

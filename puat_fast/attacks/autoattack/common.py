@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from puat_fast.attacks.precision import Precision, check_precision, searching
-from puat_fast.networks.layers import Compiled, eval_mode, frozen_weights
+from puat_fast.networks.layers import Compiled, eval_mode, frozen_weights, uncompiled
 from puat_fast.ops.pgd_step import Norm
 
 Progress = Callable[[str, int, int, float], None]
@@ -89,6 +89,7 @@ class Victim:
     def __init__(self, model: nn.Module, device: torch.device, batch_size: int, pad: bool) -> None:
         self.model, self.device, self.batch_size = model, device, batch_size
         self.sizes = sorted({max(1, batch_size // n) for n in (1, 2, 4, 8)}) if pad else []
+        self.compiled = [(m, m.compiled) for m in model.modules() if isinstance(m, Compiled)]
         self.num_classes = 0
         self.forwards = 0
         """Images that the model has seen, padding included."""
@@ -97,6 +98,19 @@ class Victim:
         self.late = 0
         """Examples that were fooled only in the last quarter of an attack's steps."""
         self.starts, self._without_gradient = 0, torch.zeros((), dtype=torch.int64, device=device)
+
+    @contextmanager
+    def searched(self, precision: Precision) -> Iterator[None]:
+        """Inside, the model works in `precision`; compiled, if it is, also where it is judged as it is written."""
+        before = [module.compiled for module, _ in self.compiled]
+        with searching(self.model, precision, self.device):
+            try:
+                for module, compiled in self.compiled:
+                    module.compiled = compiled
+                yield
+            finally:
+                for (module, _), compiled in zip(self.compiled, before, strict=True):
+                    module.compiled = compiled
 
     def look(self, x: Tensor, y: Tensor) -> Tensor:
         """Logits of the clean images, and first checks: labels within the model's classes, outputs that are logits."""
@@ -218,7 +232,10 @@ def attacking(model: nn.Module, x: Tensor, settings: Settings) -> Iterator[Victi
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         seed_global(settings.seed, device)
         pad = (compiled or device.type == "cuda") and not settings.faithful
-        yield Victim(model, device, settings.batch_size, pad)
+        victim = Victim(model, device, settings.batch_size, pad)
+        if settings.precision != "fp32":  # few passes, which are not worth compiling for
+            stack.enter_context(uncompiled(model))
+        yield victim
 
 
 def seed_global(seed: int, device: torch.device) -> None:

@@ -14,7 +14,6 @@ from puat_fast.attacks.autoattack.common import Settings, Victim, attacking, che
 from puat_fast.attacks.autoattack.fab import Fab, faithful_fab
 from puat_fast.attacks.autoattack.lanes import Kernel, LaneRun, State
 from puat_fast.attacks.autoattack.square import Square, faithful_square
-from puat_fast.attacks.precision import searching
 from puat_fast.ops.pgd_step import Norm
 
 Report = Callable[[int, int, int], None]
@@ -45,7 +44,7 @@ def run_attack(
     run = LaneRun(_kernel(name, victim, x, y, targets, settings), victim, settings.batch_size)
     if saved is not None:
         run.load(saved)
-    with searching(victim.model, settings.precision, victim.device):
+    with victim.searched(settings.precision):
         found = run.run(report, save)
     victim.late += int(found.late.sum())
     if settings.precision != "fp32":
