@@ -112,7 +112,7 @@ def test_defaults(evaluated: Evaluated, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_all_options_arrive(evaluated: Evaluated, tmp_path: Path) -> None:
-    argv = ["--attacks", "clean", "--n", "50", "--dataset", "cifar10", "--data_dir", "d", "--batch_size", "8"]
+    argv = ["--attacks", "pgd-8", "--n", "50", "--dataset", "cifar10", "--data_dir", "d", "--batch_size", "8"]
     argv += ["--mean", "0.1,1/5,.3", "--std", "1,1,1", "--seed", "3", "--fresh", "--precision", "bf16", "--acgan", "g"]
     argv += ["--uae-compat", "official-v1", "--engine", "eager", "--device", "cpu"]
     argv += ["--out", str(tmp_path / "new"), "--grid", str(tmp_path / "g.png")]
@@ -124,7 +124,7 @@ def test_all_options_arrive(evaluated: Evaluated, tmp_path: Path) -> None:
         "compat": "official-v1", "out": tmp_path / "new", "fresh": True,
     }  # fmt: skip
     # a look at a part of the images, or another way, has a name of its own
-    assert evaluated.written == [(tmp_path / "new", "clean-bf16_n50_s3_cifar10", tmp_path / "g.png")]
+    assert evaluated.written == [(tmp_path / "new", "pgd-8-bf16_n50_s3_cifar10", tmp_path / "g.png")]
     assert cli.main(["eval", str(tmp_path / "run"), "--attacks", "usong", "--uae-compat", "official-v1"]) == 0
     assert evaluated.written[-1][1] == "usong_official-v1"
 

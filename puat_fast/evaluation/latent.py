@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from puat_fast.config import ConfigError
 from puat_fast.evaluation.names import AttackSpec
 from puat_fast.evaluation.record import State
 from puat_fast.evaluation.tally import Progress, Save, Tally, counts
+from puat_fast.networks.layers import uncompiled
 from puat_fast.noise import Noise
 
 COLUMNS = ("right", "generated", "agreement", "agreement_adv")
@@ -88,11 +90,13 @@ def measure(
             y = y_all[first : first + batch_size].to(device)
             for network in networks:  # in eval mode, but for the official script's attack
                 network.train(compat == "official-v1")
-            with searching(model, precision, device):
-                found = _attack(model, acgan, y, spec, tally.noise, compat)
-            acgan.D.eval()  # a judge
-            with searching(model, "fp32", device):
-                told = _told(model, acgan, found)
+            # a last batch of another size is not worth compiling for
+            with nullcontext() if len(y) == batch_size else uncompiled(model):
+                with searching(model, precision, device):
+                    found = _attack(model, acgan, y, spec, tally.noise, compat)
+                acgan.D.eval()  # a judge
+                with searching(model, "fp32", device):
+                    told = _told(model, acgan, found)
             x = (found.x_nat, found.x_adv)
             tally.examples.add(first, y, told["generated"], told["right"], *x)
             extra = _buffers(networks) if compat == "official-v1" else None

@@ -66,7 +66,8 @@ def parse_attacks(text: str) -> list[AttackSpec]:
 def parse_precision(text: str, specs: Sequence[AttackSpec]) -> dict[str, Precision]:
     """The precision of each attack's search: `bf16`, or `fp32,aa=bf16,pgd-8=bf16`, where the last that fits wins.
 
-    Raises ValueError for an unknown precision, and for an attack that is none of specs.
+    `clean` searches nothing, and so is always fp32. Raises ValueError for an unknown precision, and for an attack that
+    is none of specs.
     """
     found: dict[str, Precision] = {spec.name: "fp32" for spec in specs}
     for part in text.split(","):
@@ -78,4 +79,4 @@ def parse_precision(text: str, specs: Sequence[AttackSpec]) -> dict[str, Precisi
         if not set(names) <= set(found):
             raise ValueError(f"precision: {part.strip()!r}: {names[0]} is not one of --attacks {','.join(found)}")
         found |= dict.fromkeys(names, chosen)
-    return found
+    return found | {spec.name: "fp32" for spec in specs if spec.kind == "clean"}

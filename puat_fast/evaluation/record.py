@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import pickle
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ State = dict[str, Any]
 
 FORMAT = "puat-fast-record-1"
 SAVE_SECONDS = 10.0  # at least, between two writes
+STALE_SECONDS = 3600.0
 WRITING = 0.05  # part of the time that may go to writing
 
 
@@ -61,9 +63,15 @@ class Store:
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                files.remove_stale(folder)
+                self._remove_stale(folder)
             except OSError as error:
                 self.give_up(error)
+
+    @staticmethod
+    def _remove_stale(folder: Path) -> None:
+        for beside in folder.glob(".*.pt.*.tmp"):  # of a process that was killed as it wrote; not of one at work
+            if time.time() - beside.stat().st_mtime > STALE_SECONDS:
+                beside.unlink(missing_ok=True)
 
     def give_up(self, error: OSError) -> None:
         """Keep nothing from now on, and say so."""

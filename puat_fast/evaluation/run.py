@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -109,6 +111,7 @@ class Evaluation:
 
 def find(path: Path, options: Options) -> Subject:
     """What a run directory or file is of, and the images to take. Raises CheckpointError, ConfigError."""
+    path = path.expanduser()
     about = checkpoint.about(path)
     config_file = path / "config.yaml"
     config = Config.load(config_file) if config_file.exists() else None
@@ -141,7 +144,7 @@ def evaluate_run(
     bench = _Bench(subject, specs, options)
     store = Store(options.out and options.out / "attacks", options.fresh, tell)
     states, results = {}, {}
-    with StopSignal() as stop:
+    with _Stop() as stop:
         for spec in specs:
             record = store.open(spec.name, bench.key(spec))
             kept = record.complete
@@ -151,6 +154,15 @@ def evaluate_run(
             states[spec.name] = record.state
             results[spec.name] = bench.summary(spec, record.state) | {"measured": record.measured, "kept": kept}
     return bench.evaluation(results, states)
+
+
+class _Stop(StopSignal):
+    """Says that it waits: a batch may take minutes."""
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        super()._receive(number, frame)
+        # by the system itself: a print may stand in the middle of another one
+        os.write(2, b"puat-fast: stopping once this batch is saved; a second time, at once\n")
 
 
 def _measure(bench: _Bench, spec: AttackSpec, record: Record, stop: StopSignal, progress: Progress | None) -> None:
@@ -222,7 +234,9 @@ class _Bench:
             "run": str(s.path), "dataset": s.dataset, "n": len(self.labels), "n_test": self.n_test,
             "seed": self.options.seed, "engine": self.engine, "model": model, "attacks": results,
         }  # fmt: skip
-        result["paper"] = {name: paper_cell(s.dataset, model["method"], name, classes) for name in results}
+        own = s.about.dataset in (None, s.dataset)  # the paper tests on the dataset that was trained on
+        result["paper"] = {name: paper_cell(s.dataset, model["method"], name, classes) if own else None
+                           for name in results}  # fmt: skip
         specs = [parse_attack(name) for name in results]
         verdicts = verdicts_of(self.labels, specs, states)
         if "worst_case" in verdicts:

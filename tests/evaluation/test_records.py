@@ -173,6 +173,15 @@ def test_a_record_is_whole_and_safe(tmp_path):
         assert str(file) in told.pop()
 
 
+def test_what_a_killed_process_left_is_removed_but_not_what_another_one_writes(tmp_path):
+    old, new = tmp_path / ".aa-1.pt.12.tmp", tmp_path / ".aa-1.pt.13.tmp"
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0, 0))
+    Store(tmp_path)
+    assert list(tmp_path.iterdir()) == [new]
+
+
 def test_writes_are_rare_but_for_those_asked_for(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(record, "perf_counter", lambda: now[0])
@@ -245,7 +254,7 @@ def test_killed_and_started_again(run, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_saves_and_says_how_to_go_on(run, tmp_path, number):
+def test_interrupted_saves_and_says_how_to_go_on(run, tmp_path, number, capfd):
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
     def stop(name: str, done: int, total: int, accuracy: float) -> None:
@@ -254,6 +263,7 @@ def test_interrupted_saves_and_says_how_to_go_on(run, tmp_path, number):
 
     with pytest.raises(KeyboardInterrupt, match="and saved; the same command, without --fresh, goes on"):
         evaluated(run, tmp_path, stop)
+    assert capfd.readouterr().err == "puat-fast: stopping once this batch is saved; a second time, at once\n"
     seen: list[Any] = []
     evaluated(run, tmp_path, lambda *args: seen.append(args[:2]))
     assert seen[0] == ("pgd-8", 12)  # the batch under way when the signal came was finished
