@@ -77,14 +77,15 @@ def add(verbs: Any) -> None:
         "--uae-compat", choices=("none", "official-v1"), default="none",
         help="gpgd and usong as the official script has them, mistakes included (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--dataset", choices=DATASETS, help="other test images than the run's own")
+    parser.add_argument("--dataset", choices=DATASETS, help="whose test images (default: those of the run's own)")
     parser.add_argument("--data-dir", metavar="TEXT", help="folder that holds the dataset's files (default: the run's)")
     for name in ("mean", "std"):
-        parser.add_argument(
-            f"--{name}", type=_triple, metavar="A,B,C", help="of images in [0,1], where a file does not tell"
-        )
+        text = f"{name} that C normalises images in [0,1] by, where its file does not tell"
+        parser.add_argument(f"--{name}", type=_triple, metavar="A,B,C", help=text)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for records and results (default: see below)")
-    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="where the picture goes")
+    parser.add_argument(
+        "--grid", type=Path, metavar="FILE.png", help="where the picture goes (default: to the results)"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure anew what was measured or begun before")
     add_device(parser)
     add_json(parser)

@@ -64,7 +64,7 @@ class Evaluated:
         progress("clean", 50, 100, 0.9)
         one = {
             "accuracy": 0.9, "correct": 90, "n": 100, "wilson95": wilson_interval(90, 100), "seconds": 1.25,
-            "kept": False, "measured": "2026-11-24T20:00:00+00:00",
+            "kept": False, "measured": "2026-11-24T20:00:00+00:00", "precision": "fp32",
         }  # fmt: skip
         paper = {name: paper_cell(self.dataset, "puat", name) for name in attacks}
         model = {"method": "puat"}

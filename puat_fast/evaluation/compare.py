@@ -161,6 +161,9 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     kept = [f"{name} {_minute(found['measured'])}" for name, found in result["attacks"].items() if found["kept"]]
     lines = [f"measured before, and kept (UTC): {', '.join(kept)}; --fresh measures anew"] if kept else []
     lines += [f"{name}: {text}" for name, found in result["attacks"].items() for text in found.get("warnings", ())]
+    for name, found in result["attacks"].items():
+        if found["precision"] != "fp32":
+            lines.append(f"{name}: searched in {found['precision']}, judged in fp32; fp32 may find more")
     return lines + list(result["notes"])
 
 

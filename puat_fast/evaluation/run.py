@@ -142,7 +142,7 @@ def evaluate_run(
     specs = [parse_attack(name) for name in attacks]
     subject = path if isinstance(path, Subject) else find(Path(path), options)
     bench = _Bench(subject, specs, options)
-    store = Store(options.out and options.out / "attacks", options.fresh, tell)
+    store = Store(None if options.out is None else options.out / "attacks", options.fresh, tell)
     states, results = {}, {}
     with _Stop() as stop:
         for spec in specs:

@@ -80,7 +80,7 @@ def test_puat_on_cifar10_as_printed() -> None:
 def attack_result(correct: int, n: int = 100, **more: Any) -> dict[str, Any]:
     return {
         "accuracy": correct / n, "correct": correct, "n": n, "wilson95": wilson_interval(correct, n), "seconds": 1.5,
-        "measured": "2026-11-24T20:10:30+00:00", "kept": False, **more,
+        "measured": "2026-11-24T20:10:30+00:00", "kept": False, "precision": "fp32", **more,
     }  # fmt: skip
 
 
@@ -137,6 +137,8 @@ def test_lines_below_the_table() -> None:
     assert text[0] == "measured before, and kept (UTC): clean 2026-11-24 20:10; --fresh measures anew"
     assert text[1] == "aa: masked"
     assert compare.notes(result("digits", aa=attack_result(1))) == []
+    (line,) = compare.notes(result("digits", aa=attack_result(1, precision="bf16")))
+    assert line.startswith("aa: searched in bf16, judged in fp32")
 
 
 def test_names_of_runs() -> None:
