@@ -12,11 +12,20 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, get_args
 
-from puat_fast.config import ConfigError, number, option_types
+from puat_fast.config import ConfigError, option_types
 from puat_fast.evaluation import compare
 from puat_fast.evaluation.names import ACCEPTED, AttackSpec, parse_attacks, parse_precision
 from puat_fast.runlog import ProgressLine
-from puat_fast.terminal import add_device, add_json, add_verb, at_least, check_target, table, write_json
+from puat_fast.terminal import (
+    add_device,
+    add_json,
+    add_normalisation,
+    add_verb,
+    at_least,
+    check_target,
+    table,
+    write_json,
+)
 
 DATASETS = get_args(option_types()["dataset"])
 KEYS = """\
@@ -79,9 +88,7 @@ def add(verbs: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--dataset", choices=DATASETS, help="whose test images (default: those of the run's own)")
     parser.add_argument("--data-dir", metavar="TEXT", help="folder that holds the dataset's files (default: the run's)")
-    for name in ("mean", "std"):
-        text = f"{name} that C normalises images in [0,1] by, where its file does not tell"
-        parser.add_argument(f"--{name}", type=_triple, metavar="A,B,C", help=text)
+    add_normalisation(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for records and results (default: see below)")
     parser.add_argument(
         "--grid", type=Path, metavar="FILE.png", help="where the picture goes (default: to the results)"
@@ -89,14 +96,6 @@ def add(verbs: Any) -> None:
     parser.add_argument("--fresh", action="store_true", help="measure anew what was measured or begun before")
     add_device(parser)
     add_json(parser)
-
-
-def _triple(text: str) -> tuple[float, float, float]:
-    try:
-        a, b, c = (number(part) for part in text.split(","))
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers, as in 0.49,0.48,0.45") from None
-    return a, b, c
 
 
 def _check(options: argparse.Namespace) -> list[AttackSpec]:
