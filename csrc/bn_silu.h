@@ -1,8 +1,9 @@
 // bn_silu: channels_last batch normalisation and SiLU in four stages. Formula and gradients: puat_fast/ops/bn_silu.py.
 //
-// x is N x C x H x W, float32, channels_last. Group g of G, images [g N / G, (g + 1) N / G), has statistics of its own:
-// mean, var and rstd are G x C. `left` to `bottom` surround out and grad_out with zeros, N x C x (H + top + bottom) x
-// (W + left + right), as F.pad does. No result depends on `threads`.
+// x is N x C x H x W, float32 or bfloat16, channels_last, and so are all of its shape; the rest is float32. Group g of
+// G, images [g N / G, (g + 1) N / G), has statistics of its own: mean, var and rstd are G x C. `left` to `bottom`
+// surround out and grad_out with zeros, N x C x (H + top + bottom) x (W + left + right), as F.pad does. No result
+// depends on `threads`.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "bfloat16.h"
 #include "exp.h"
 #include "tensor.h"
 
@@ -25,7 +27,7 @@ inline float silu_grad(float y) {
   return sigmoid * (1.0f + y * (1.0f - sigmoid));
 }
 
-// The pixels of N x C x H x W, a pixel being C floats in a row, and where each is found in the padded images.
+// The pixels of N x C x H x W, a pixel being C numbers in a row, and where each is found in the padded images.
 struct Pixels {
   int64_t images, channels, height, width;
   int64_t left = 0, right = 0, top = 0, bottom = 0;
@@ -45,7 +47,7 @@ struct Pixels {
 
 inline void check_channels_last(const TensorView& t) {
   check_device(t, kDLCPU);
-  check_dtype(t, {DType::kFloat32});
+  check_dtype(t, {DType::kFloat32, DType::kBFloat16});
   if (t.shape.size() != 4) fail(t, "shape (N, C, H, W)", text(t.shape));
   int64_t stride = 1;
   for (size_t d : {1, 3, 2, 0}) {
@@ -56,8 +58,9 @@ inline void check_channels_last(const TensorView& t) {
   }
 }
 
-inline void check_channels_last(const TensorView& t, const std::vector<int64_t>& shape) {
+inline void check_channels_last(const TensorView& t, const std::vector<int64_t>& shape, const TensorView& like) {
   check_channels_last(t);
+  if (t.dtype != like.dtype) fail(t, std::string(name_of(like.dtype)) + " (as " + like.name + ")", name_of(t.dtype));
   if (t.shape != shape) fail(t, "shape " + text(shape), text(t.shape));
 }
 
@@ -103,7 +106,10 @@ inline void check_elementwise(const TensorView& written, const TensorView& read,
 }
 
 inline const TensorView* pointer(const std::optional<TensorView>& t) { return t ? &*t : nullptr; }
-inline float* data(const std::optional<TensorView>& t) { return t ? t->as<float>() : nullptr; }
+template <typename T>
+T* data(const std::optional<TensorView>& t) {
+  return t ? t->as<T>() : nullptr;
+}
 
 inline void check_bn_silu_stats(const TensorView& mean, const std::optional<TensorView>& var, const TensorView& rstd,
                                 const std::optional<TensorView>& h, const TensorView& x,
@@ -115,7 +121,7 @@ inline void check_bn_silu_stats(const TensorView& mean, const std::optional<Tens
   check_together(h, residual, "h and residual");
   check_together(running_mean, running_var, "running_mean and running_var");
   for (const TensorView* other : {pointer(h), pointer(residual)}) {
-    if (other != nullptr) check_channels_last(*other, x.shape);
+    if (other != nullptr) check_channels_last(*other, x.shape, x);
   }
   if (h) {
     check_no_partial_overlap(*h, x);
@@ -156,8 +162,8 @@ inline Pixels check_bn_silu(const TensorView& h, const TensorView& mean, const T
   return pixels;
 }
 
-inline void check_padded(const TensorView& t, const Pixels& pixels) {
-  check_channels_last(t, {pixels.images, pixels.channels, pixels.padded_height(), pixels.padded_width()});
+inline void check_padded(const TensorView& t, const Pixels& pixels, const TensorView& h) {
+  check_channels_last(t, {pixels.images, pixels.channels, pixels.padded_height(), pixels.padded_width()}, h);
 }
 
 inline void check_sums(const TensorView& sum_dy, const TensorView& sum_dy_xhat, const TensorView& mean,
@@ -171,8 +177,8 @@ inline void check_sums(const TensorView& sum_dy, const TensorView& sum_dy_xhat, 
 
 inline void check_grad_x(const TensorView& grad_x, const std::optional<TensorView>& grad_h, const TensorView& h,
                          std::initializer_list<const TensorView*> others) {
-  check_channels_last(grad_x, h.shape);
-  if (grad_h) check_channels_last(*grad_h, h.shape);
+  check_channels_last(grad_x, h.shape, h);
+  if (grad_h) check_channels_last(*grad_h, h.shape, h);
   check_apart(grad_x, {&h, pointer(grad_h)});
   check_apart(grad_x, others);
 }

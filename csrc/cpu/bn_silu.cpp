@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
@@ -114,47 +115,86 @@ void for_strips(const Pixels& pixels, const Blocks& blocks, int64_t block, const
   }
 }
 
-// The loops, over n lanes of a strip.
+// The loops, over n lanes of a strip: of float32 or bfloat16, computed and summed in float32.
 
-PUAT_SIMD void add(float* h, const float* x, const float* residual, int64_t n) {
+template <typename To, typename A, typename B>
+PUAT_INLINE void add_lanes(To* to, const A* a, const B* b, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) h[i] = x[i] + residual[i];
+  for (int64_t i = 0; i < n; ++i) store(&to[i], to_float(a[i]) + to_float(b[i]));
 }
 
-PUAT_SIMD void add_moments(float* sum, float* square, const float* h, const float* centre, int64_t n) {
+template <typename T>
+PUAT_INLINE void moments_lanes(float* sum, float* square, const T* h, const float* centre, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float d = h[i] - centre[i];
+    const float d = to_float(h[i]) - centre[i];
     sum[i] += d;
     square[i] += d * d;
   }
 }
 
-PUAT_SIMD void apply(float* out, const float* h, Affine to, int64_t n) {
+template <typename T>
+PUAT_INLINE void apply_lanes(T* out, const T* h, Affine to, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = silu((h[i] - to.mean[i]) * to.scale[i] + to.bias[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    store(&out[i], silu((to_float(h[i]) - to.mean[i]) * to.scale[i] + to.bias[i]));
+  }
 }
 
-PUAT_SIMD void activation_grad(float* dy, const float* grad_out, const float* h, Affine to, int64_t n) {
+template <typename T>
+PUAT_INLINE void activation_grad_lanes(float* dy, const T* grad_out, const T* h, Affine to, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) dy[i] = grad_out[i] * silu_grad((h[i] - to.mean[i]) * to.scale[i] + to.bias[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    dy[i] = to_float(grad_out[i]) * silu_grad((to_float(h[i]) - to.mean[i]) * to.scale[i] + to.bias[i]);
+  }
 }
 
-PUAT_SIMD void add_products(float* sum, float* product, const float* dy, const float* h, const float* mean, int64_t n) {
+template <typename T>
+PUAT_INLINE void products_lanes(float* sum, float* product, const float* dy, const T* h, const float* mean, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     sum[i] += dy[i];
-    product[i] += dy[i] * (h[i] - mean[i]);
+    product[i] += dy[i] * (to_float(h[i]) - mean[i]);
   }
 }
 
-// dy becomes grad_x.
-PUAT_SIMD void normalisation_grad(float* grad_x, const float* h, Affine to, const float* offset, const float* slope,
-                                  int64_t n) {
+template <typename T>
+PUAT_INLINE void normalisation_grad_lanes(float* grad_x, const T* h, Affine to, const float* offset, const float* slope,
+                                          int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    grad_x[i] = to.scale[i] * (grad_x[i] - offset[i] - slope[i] * (h[i] - to.mean[i]));
+    grad_x[i] = to.scale[i] * (grad_x[i] - offset[i] - slope[i] * (to_float(h[i]) - to.mean[i]));
   }
+}
+
+// A loop is compiled for several processors as a function, which a template cannot be: one for each type.
+#define PUAT_LOOPS(T)                                                                                                  \
+  PUAT_SIMD void add_moments(float* sum, float* square, const T* h, const float* centre, int64_t n) {                  \
+    moments_lanes(sum, square, h, centre, n);                                                                          \
+  }                                                                                                                    \
+  PUAT_SIMD void apply(T* out, const T* h, Affine to, int64_t n) { apply_lanes(out, h, to, n); }                       \
+  PUAT_SIMD void activation_grad(float* dy, const T* grad_out, const T* h, Affine to, int64_t n) {                     \
+    activation_grad_lanes(dy, grad_out, h, to, n);                                                                     \
+  }                                                                                                                    \
+  PUAT_SIMD void add_products(float* sum, float* product, const float* dy, const T* h, const float* mean, int64_t n) { \
+    products_lanes(sum, product, dy, h, mean, n);                                                                      \
+  }                                                                                                                    \
+  /* dy becomes grad_x. */                                                                                             \
+  PUAT_SIMD void normalisation_grad(float* grad_x, const T* h, Affine to, const float* offset, const float* slope,     \
+                                    int64_t n) {                                                                       \
+    normalisation_grad_lanes(grad_x, h, to, offset, slope, n);                                                         \
+  }
+PUAT_LOOPS(float)
+PUAT_LOOPS(BFloat16)
+#undef PUAT_LOOPS
+
+PUAT_SIMD void add(float* to, const float* a, const float* b, int64_t n) { add_lanes(to, a, b, n); }
+PUAT_SIMD void add(float* to, const float* a, const BFloat16* b, int64_t n) { add_lanes(to, a, b, n); }
+PUAT_SIMD void add(BFloat16* to, const BFloat16* a, const BFloat16* b, int64_t n) { add_lanes(to, a, b, n); }
+
+PUAT_SIMD void copy(BFloat16* to, const float* from, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) store(&to[i], from[i]);
 }
 
 // Mean and sum of squared deviations of `count` values for each channel; add() is Chan's formula.
@@ -177,8 +217,9 @@ struct Moments {
 
 // Per block: a row of centres near the block's means, of sums of h - centre, and of sums of its square. The centres
 // take large means out before anything is squared; what rounding leaves of the mean is in the sums.
-void block_moments(const Pixels& pixels, const Blocks& blocks, const Rows& rows, int64_t block, float* h,
-                   const float* x, const float* residual) {
+template <typename T>
+void block_moments(const Pixels& pixels, const Blocks& blocks, const Rows& rows, int64_t block, T* h, const T* x,
+                   const T* residual) {
   float *centre = rows[3 * block], *sum = rows[3 * block + 1], *square = rows[3 * block + 2];
   const int64_t channels = blocks.channels, strip = blocks.strip();
   const float count = static_cast<float>(blocks.end(block) - blocks.begin(block));
@@ -217,12 +258,15 @@ void update(float* running, double batch, double momentum) {
   *running = static_cast<float>((1.0 - momentum) * *running + momentum * batch);
 }
 
-// What the backward stages share.
+// What the backward stages share. T: of grad_out, h, grad_h and grad_x.
+template <typename T>
 struct Backward {
+  static constexpr bool kHalf = std::is_same_v<T, BFloat16>;
   const Pixels pixels;
   const Blocks blocks;
   const Affines affines;
-  const float *grad_out, *h, *mean, *rstd;
+  const T *grad_out, *h;
+  const float *mean, *rstd;
   const int threads;
 
   Backward(const Pixels& pixels, const TensorView& grad_out, const TensorView& h, const TensorView& mean,
@@ -230,8 +274,8 @@ struct Backward {
       : pixels(pixels),
         blocks(pixels, mean.shape[0]),
         affines(blocks, mean, rstd, weight, bias),
-        grad_out(grad_out.as<float>()),
-        h(h.as<float>()),
+        grad_out(grad_out.as<T>()),
+        h(h.as<T>()),
         mean(mean.as<float>()),
         rstd(rstd.as<float>()),
         threads(threads) {}
@@ -265,9 +309,8 @@ struct Backward {
     }
   }
 
-  // has_dy: grad_x holds dy. sum_dy and sum_dy_xhat may be null, grad_h too.
-  void input_grad(float* grad_x, bool has_dy, const float* grad_h, const float* sum_dy,
-                  const float* sum_dy_xhat) const {
+  // has_dy: grad_x, float32, holds dy. sum_dy and sum_dy_xhat may be null, grad_h too.
+  void input_grad(T* grad_x, bool has_dy, const T* grad_h, const float* sum_dy, const float* sum_dy_xhat) const {
     const Rows rows(2 * blocks.groups, blocks.strip());  // offset and slope of normalisation_grad
     const double count = static_cast<double>(blocks.group_pixels);
     for (int64_t g = 0; g < blocks.groups; ++g) {
@@ -278,30 +321,72 @@ struct Backward {
     }
     blocks.for_each(threads, [&](int64_t block) {
       const int64_t g = blocks.group(block);
+      std::vector<float> room(kHalf ? blocks.strip() : 0);
       for_strips(pixels, blocks, block, [&](int64_t at, int64_t padded_at, int64_t n) {
-        if (!has_dy) activation_grad(grad_x + at, grad_out + padded_at, h + at, affines[g], n);
-        normalisation_grad(grad_x + at, h + at, affines[g], rows[2 * g], rows[2 * g + 1], n);
-        if (grad_h != nullptr) add(grad_x + at, grad_x + at, grad_h + at, n);
+        float* grad;
+        if constexpr (kHalf) {
+          grad = room.data();
+        } else {
+          grad = grad_x + at;
+        }
+        if (!has_dy) activation_grad(grad, grad_out + padded_at, h + at, affines[g], n);
+        normalisation_grad(grad, h + at, affines[g], rows[2 * g], rows[2 * g + 1], n);
+        if (grad_h != nullptr) add(grad, grad, grad_h + at, n);
+        if constexpr (kHalf) copy(grad_x + at, grad, n);
       });
     });
   }
 };
 
 // The padding of `out`, whose inner part is left alone.
-void clear_padding(float* out, const Pixels& to, int threads) {
+template <typename T>
+void clear_padding(T* out, const Pixels& to, int threads) {
   const int64_t row = to.padded_width() * to.channels, image = to.padded_height() * row;
   const int64_t left = to.left * to.channels, right = to.right * to.channels;
   parallel_for(to.images, kBlock / std::max<int64_t>(1, image) + 1, threads, [=](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n) {
-      float* begin = out + n * image;
-      float* bottom = begin + (to.top + to.height) * row;
-      std::fill(begin, begin + to.top * row, 0.0f);
-      for (float* at = begin + to.top * row; at < bottom; at += row) {
-        std::fill(at, at + left, 0.0f);
-        std::fill(at + row - right, at + row, 0.0f);
+      T* begin = out + n * image;
+      T* bottom = begin + (to.top + to.height) * row;
+      std::fill(begin, begin + to.top * row, T{});
+      for (T* at = begin + to.top * row; at < bottom; at += row) {
+        std::fill(at, at + left, T{});
+        std::fill(at + row - right, at + row, T{});
       }
-      std::fill(bottom, begin + image, 0.0f);
+      std::fill(bottom, begin + image, T{});
     }
+  });
+}
+
+bool is_half(const TensorView& t) { return t.dtype == DType::kBFloat16; }
+
+// body(value of the type that h is of).
+template <typename Body>
+void with_backward(const TensorView& h, const Body& body) {
+  if (is_half(h)) {
+    body(BFloat16{});
+  } else {
+    body(0.0f);
+  }
+}
+
+template <typename T>
+void apply_all(const TensorView& out, const TensorView& h, const Pixels& pixels, const Blocks& blocks,
+               const Affines& affines, int threads) {
+  if (pixels.padded()) clear_padding(out.as<T>(), pixels, threads);
+  blocks.for_each(threads, [&](int64_t block) {
+    const Affine to = affines[blocks.group(block)];
+    for_strips(pixels, blocks, block, [&](int64_t at, int64_t padded_at, int64_t n) {
+      apply(out.as<T>() + padded_at, h.as<T>() + at, to, n);
+    });
+  });
+}
+
+template <typename T>
+void moments_all(const Pixels& pixels, const Blocks& blocks, const Rows& rows, const std::optional<TensorView>& h,
+                 const TensorView& x, const std::optional<TensorView>& residual, int threads) {
+  T* summed = h ? h->as<T>() : x.as<T>();
+  blocks.for_each(threads, [&](int64_t block) {
+    block_moments(pixels, blocks, rows, block, summed, x.as<T>(), residual ? residual->as<T>() : nullptr);
   });
 }
 
@@ -316,10 +401,7 @@ void bn_silu_stats_cpu(const TensorView& mean, const std::optional<TensorView>& 
   const Pixels pixels(x);
   const Blocks blocks(pixels, groups);
   const Rows rows(3 * blocks.count(), blocks.strip());
-  float* summed = h ? data(h) : x.as<float>();
-  blocks.for_each(threads, [&](int64_t block) {
-    block_moments(pixels, blocks, rows, block, summed, x.as<float>(), data(residual));
-  });
+  (is_half(x) ? moments_all<BFloat16> : moments_all<float>)(pixels, blocks, rows, h, x, residual, threads);
   const double count = static_cast<double>(blocks.group_pixels);
   for (int64_t g = 0; g < groups; ++g) {
     const Moments moments = group_moments(blocks, rows, g);
@@ -341,28 +423,24 @@ void bn_silu_apply_cpu(const TensorView& out, const TensorView& h, const TensorV
                        const TensorView& weight, const TensorView& bias, int64_t left, int64_t right, int64_t top,
                        int64_t bottom, int threads) {
   const Pixels pixels = check_bn_silu(h, mean, rstd, weight, bias, left, right, top, bottom);
-  check_padded(out, pixels);
+  check_padded(out, pixels, h);
   check_elementwise(out, h, pixels.padded());
   check_apart(out, {&mean, &rstd, &weight, &bias});
   const Blocks blocks(pixels, mean.shape[0]);
   const Affines affines(blocks, mean, rstd, weight, bias);
-  if (pixels.padded()) clear_padding(out.as<float>(), pixels, threads);
-  blocks.for_each(threads, [&](int64_t block) {
-    const Affine to = affines[blocks.group(block)];
-    for_strips(pixels, blocks, block, [&](int64_t at, int64_t padded_at, int64_t n) {
-      apply(out.as<float>() + padded_at, h.as<float>() + at, to, n);
-    });
-  });
+  (is_half(h) ? apply_all<BFloat16> : apply_all<float>)(out, h, pixels, blocks, affines, threads);
 }
 
 void bn_silu_reduce_cpu(const TensorView& sum_dy, const TensorView& sum_dy_xhat, const TensorView& grad_out,
                         const TensorView& h, const TensorView& mean, const TensorView& rstd, const TensorView& weight,
                         const TensorView& bias, int64_t left, int64_t right, int64_t top, int64_t bottom, int threads) {
   const Pixels pixels = check_bn_silu(h, mean, rstd, weight, bias, left, right, top, bottom);
-  check_padded(grad_out, pixels);
+  check_padded(grad_out, pixels, h);
   check_sums(sum_dy, sum_dy_xhat, mean, {&grad_out, &h, &mean, &rstd, &weight, &bias});
-  const Backward backward(pixels, grad_out, h, mean, rstd, weight, bias, threads);
-  backward.reduce(sum_dy.as<float>(), sum_dy_xhat.as<float>(), nullptr);
+  with_backward(h, [&](auto type) {
+    const Backward<decltype(type)> backward(pixels, grad_out, h, mean, rstd, weight, bias, threads);
+    backward.reduce(sum_dy.as<float>(), sum_dy_xhat.as<float>(), nullptr);
+  });
 }
 
 void bn_silu_input_grad_cpu(const TensorView& grad_x, const TensorView& grad_out,
@@ -371,14 +449,17 @@ void bn_silu_input_grad_cpu(const TensorView& grad_x, const TensorView& grad_out
                             const std::optional<TensorView>& sum_dy, const std::optional<TensorView>& sum_dy_xhat,
                             int64_t left, int64_t right, int64_t top, int64_t bottom, int threads) {
   const Pixels pixels = check_bn_silu(h, mean, rstd, weight, bias, left, right, top, bottom);
-  check_padded(grad_out, pixels);
+  check_padded(grad_out, pixels, h);
   check_grad_x(grad_x, grad_h, h, {&grad_out, &mean, &rstd, &weight, &bias, pointer(sum_dy), pointer(sum_dy_xhat)});
   check_together(sum_dy, sum_dy_xhat, "sum_dy and sum_dy_xhat");
   for (const auto& sum : {sum_dy, sum_dy_xhat}) {
     if (sum) check_table(*sum, mean.shape);
   }
-  const Backward backward(pixels, grad_out, h, mean, rstd, weight, bias, threads);
-  backward.input_grad(grad_x.as<float>(), false, data(grad_h), data(sum_dy), data(sum_dy_xhat));
+  with_backward(h, [&](auto type) {
+    using T = decltype(type);
+    const Backward<T> backward(pixels, grad_out, h, mean, rstd, weight, bias, threads);
+    backward.input_grad(grad_x.as<T>(), false, data<T>(grad_h), data<float>(sum_dy), data<float>(sum_dy_xhat));
+  });
 }
 
 void bn_silu_backward_cpu(const TensorView& grad_x, const TensorView& sum_dy, const TensorView& sum_dy_xhat,
@@ -387,12 +468,17 @@ void bn_silu_backward_cpu(const TensorView& grad_x, const TensorView& sum_dy, co
                           const TensorView& bias, int64_t left, int64_t right, int64_t top, int64_t bottom,
                           int threads) {
   const Pixels pixels = check_bn_silu(h, mean, rstd, weight, bias, left, right, top, bottom);
-  check_padded(grad_out, pixels);
+  check_padded(grad_out, pixels, h);
   check_grad_x(grad_x, grad_h, h, {&grad_out, &mean, &rstd, &weight, &bias, &sum_dy, &sum_dy_xhat});
   check_sums(sum_dy, sum_dy_xhat, mean, {&grad_out, pointer(grad_h), &h, &mean, &rstd, &weight, &bias});
-  const Backward backward(pixels, grad_out, h, mean, rstd, weight, bias, threads);
-  backward.reduce(sum_dy.as<float>(), sum_dy_xhat.as<float>(), grad_x.as<float>());
-  backward.input_grad(grad_x.as<float>(), true, data(grad_h), sum_dy.as<float>(), sum_dy_xhat.as<float>());
+  with_backward(h, [&](auto type) {
+    using T = decltype(type);
+    const Backward<T> backward(pixels, grad_out, h, mean, rstd, weight, bias, threads);
+    float* dy = nullptr;  // in bfloat16 it would be rounded: it is computed twice
+    if constexpr (!Backward<T>::kHalf) dy = grad_x.as<float>();
+    backward.reduce(sum_dy.as<float>(), sum_dy_xhat.as<float>(), dy);
+    backward.input_grad(grad_x.as<T>(), dy != nullptr, data<T>(grad_h), sum_dy.as<float>(), sum_dy_xhat.as<float>());
+  });
 }
 
 }  // namespace puat

@@ -54,8 +54,8 @@ def bn_silu(
     `update_running_stats` may do it later from the result's mean and var. In eval mode the running statistics
     normalise, and `groups` says nothing.
 
-    On a GPU, float32 and bfloat16 take the Triton kernels, which compute in float32; on the CPU, float32 that is
-    channels_last takes the C++ kernels. residual and the gradients, on a GPU x too, are made channels_last where they
+    float32 and bfloat16 are computed in float32: on a GPU by the Triton kernels, on the CPU, where x is channels_last, by
+    the C++ kernels. residual and the gradients, on a GPU x too, are made channels_last where they
     are not; out and h are channels_last. All else takes the reference.
 
     Args:
@@ -175,7 +175,7 @@ def _has_kernel(x: Tensor) -> bool:
     if x.numel() == 0 or x.dtype == torch.float64:
         return False
     is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    return x.is_cuda or INTERPRETED or (x.dtype == torch.float32 and is_channels_last)
+    return x.is_cuda or INTERPRETED or is_channels_last
 
 
 def _channels_last(t: Tensor) -> Tensor:

@@ -42,7 +42,38 @@ struct Owned {
     return puat::TensorView(
         name, {values.data(), {puat::kDLCPU, 0}, dims, {puat::kDLFloat, 32, 1}, shape.data(), strides.data(), 0});
   }
+
+  // A copy in bfloat16.
+  std::vector<puat::BFloat16> rounded;
+  puat::TensorView half(const char* name) {
+    rounded.resize(values.size());
+    for (size_t i = 0; i < values.size(); ++i) puat::store(&rounded[i], values[i]);
+    const int dims = static_cast<int>(shape.size());
+    return puat::TensorView(
+        name, {rounded.data(), {puat::kDLCPU, 0}, dims, {puat::kDLBfloat, 16, 1}, shape.data(), strides.data(), 0});
+  }
 };
+
+void run_half(int64_t n, int64_t c, int64_t height, int64_t width, bool padded, int64_t groups, int threads) {
+  const int64_t left = padded, right = 2 * padded, top = 3 * padded, bottom = padded;
+  const std::vector<int64_t> shape{n, c, height, width}, table{groups, c}, vector{c};
+  const std::vector<int64_t> wide{n, c, height + top + bottom, width + left + right};
+  Owned x(shape, 0.5f), residual(shape, 1.0f), h(shape, 0.0f), grad_x(shape, 0.0f), out(wide, 9.0f), grad_out(wide, -1);
+  Owned mean(table, 0), rstd(table, 0), sum_dy(table, 0), sum_dy_xhat(table, 0), weight(vector, 1), bias(vector, 0);
+  const puat::TensorView h_view = h.half("h"), residual_view = residual.half("residual"), x_view = x.half("x");
+  const puat::TensorView out_view = out.half("out"), grad_view = grad_out.half("grad_out");
+  const puat::TensorView grad_x_view = grad_x.half("grad_x");
+  puat::bn_silu_stats_cpu(mean.view("mean"), std::nullopt, rstd.view("rstd"), h_view, x_view, residual_view,
+                          std::nullopt, std::nullopt, 0.1, 1e-5, groups, threads);
+  puat::bn_silu_apply_cpu(out_view, h_view, mean.view("mean"), rstd.view("rstd"), weight.view("weight"),
+                          bias.view("bias"), left, right, top, bottom, threads);
+  puat::bn_silu_backward_cpu(grad_x_view, sum_dy.view("sum_dy"), sum_dy_xhat.view("sum_dy_xhat"), grad_view,
+                             residual_view, h_view, mean.view("mean"), rstd.view("rstd"), weight.view("weight"),
+                             bias.view("bias"), left, right, top, bottom, threads);
+  for (const Owned* t : {&out, &grad_x, &h}) {
+    for (puat::BFloat16 value : t->rounded) require(std::isfinite(puat::to_float(value)), "a result is not finite");
+  }
+}
 
 void run(int64_t n, int64_t c, int64_t height, int64_t width, bool padded, int64_t groups, int threads) {
   const int64_t left = padded, right = 2 * padded, top = 3 * padded, bottom = padded;
@@ -88,6 +119,8 @@ void run_all() {
       for (int threads : {1, 3}) {
         run(s[0], s[1], s[2], s[3], false, groups, threads);
         run(s[0], s[1], s[2], s[3], true, groups, threads);
+        run_half(s[0], s[1], s[2], s[3], false, groups, threads);
+        run_half(s[0], s[1], s[2], s[3], true, groups, threads);
       }
     }
   }

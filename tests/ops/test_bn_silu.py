@@ -205,6 +205,31 @@ def test_empty(shape: tuple[int, ...], training: bool, device: str) -> None:
         assert_same_bits(a, b)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the C++ kernels")
+@pytest.mark.parametrize("pad", [PADS[0], PADS[3]], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_bfloat16_on_the_cpu_is_float32_rounded_once(training: bool, pad: tuple[int, ...]) -> None:
+    o = operands((4, 19, 6, 5), torch.bfloat16)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x = o["x"].to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+        weight, bias = (o[name].clone().requires_grad_() for name in ("weight", "bias"))
+        running = [o["running_mean"].clone(), o["running_var"].clone()]
+        result = bn_silu(x, weight, bias, *running, training=training, groups=2 if training else 1, pad=pad)
+        g = torch.Generator().manual_seed(0)
+        grads = (torch.randn(t.shape, generator=g).bfloat16().to(dtype) for t in (result.out, result.h))
+        given = torch.autograd.grad([result.out, result.h], [x, weight, bias], list(grads))
+        results.append([result.out, *given, *running])
+    half, single = results
+    for a, b in zip(half, single, strict=True):
+        if a.dtype == torch.float32:  # sums and statistics
+            assert_close(a, b.double(), torch.float32, 4.0)
+        else:  # the compiler may multiply and add at once in the one and not in the other
+            rounded = b.bfloat16()
+            torch.testing.assert_close(a, rounded, rtol=2**-7, atol=0)
+            assert (a == rounded).float().mean() > 0.99
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="buffers of the Triton launchers")
 @pytest.mark.interpret
 @pytest.mark.parametrize("pad", [PADS[0], PADS[3]], ids=str)
