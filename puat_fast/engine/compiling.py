@@ -43,10 +43,15 @@ def compile_networks(nets: Networks) -> None:
         compile_network(net)
 
 
-def compile_network(net: Compiled) -> None:
-    """One network's core: see `compile_networks`."""
+def compile_network(net: Compiled, graphs: bool = False) -> None:
+    """One network's core: see `compile_networks`.
+
+    graphs: on a GPU, forward and backward of each batch size are CUDA graphs, recorded and replayed by torch itself.
+    For attacks, where a network runs thousands of times in few ways; gradients are to be used before the next call.
+    """
     config = torch._dynamo.config
     limit = MODES_OF_A_NETWORK * next(_networks)  # dynamo counts by function: all networks of the process together
     config.recompile_limit = max(config.recompile_limit, limit)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
-    net.compiled = torch.compile(net._core, fullgraph=True, dynamic=False, options=OPTIONS)
+    options = OPTIONS | ({"triton.cudagraphs": True} if graphs else {})
+    net.compiled, net.replayed = torch.compile(net._core, fullgraph=True, dynamic=False, options=options), graphs

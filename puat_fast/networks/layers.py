@@ -25,10 +25,17 @@ class Compiled(nn.Module):
     _core: Callable[..., Tensor]
     compiled: Callable[..., Tensor] | None = None
     """torch.compile of `_core`, where the engine has compiled the network."""
+    replayed = False
+    """Whether `compiled` replays CUDA graphs: each call overwrites what the last one, and its backward, gave."""
 
     def core(self, *inputs: Tensor) -> Tensor:
         """`_core(*inputs)`, compiled or not."""
-        return self._core(*inputs) if self.compiled is None else self.compiled(*inputs)
+        if self.compiled is None:
+            return self._core(*inputs)
+        if self.replayed:
+            torch.compiler.cudagraph_mark_step_begin()
+            return self.compiled(*inputs).clone()
+        return self.compiled(*inputs)
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> Tensor:

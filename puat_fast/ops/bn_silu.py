@@ -54,9 +54,9 @@ def bn_silu(
     `update_running_stats` may do it later from the result's mean and var. In eval mode the running statistics
     normalise, and `groups` says nothing.
 
-    float32 and bfloat16 are computed in float32: on a GPU by the Triton kernels, on the CPU, where x is channels_last, by
-    the C++ kernels. residual and the gradients, on a GPU x too, are made channels_last where they
-    are not; out and h are channels_last. All else takes the reference.
+    float32 and bfloat16 are computed in float32: on a GPU by the Triton kernels, on the CPU, where x is channels_last,
+    by the C++ kernels. residual and the gradients, on a GPU x too, are made channels_last where they are not; out and h
+    are channels_last. All else takes the reference.
 
     Args:
         x: N x C x H x W; float32, bfloat16 or float64.

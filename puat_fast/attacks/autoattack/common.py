@@ -209,6 +209,7 @@ class Victim:
             value = loss(logits)
             if value.requires_grad:
                 (grad,) = torch.autograd.grad(value.sum(), [x])
+                grad = grad.clone() if grad.is_cuda else grad  # a replayed graph would write the next one over it
             else:  # nothing in the model is differentiable
                 grad = torch.zeros_like(x)
         return logits.detach(), value.detach(), grad
