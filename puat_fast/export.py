@@ -219,9 +219,10 @@ def _measured(run: Path | None, dataset: str | None, attack: str) -> dict[str, A
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
             entry = result["attacks"][attack]
-            if result["dataset"] == dataset and isinstance(entry["accuracy"], float) and isinstance(entry["n"], int):
+            usual = result["dataset"] == dataset and entry.get("precision", "fp32") == "fp32"
+            if usual and isinstance(entry["accuracy"], float) and isinstance(entry["n"], int):
                 found.append(entry)
-        except (OSError, ValueError, KeyError, TypeError):  # another file, or another attack
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # another file, or another attack
             continue
     return max(found, key=lambda entry: entry["n"], default=None)
 

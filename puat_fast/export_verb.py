@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from puat_fast import terminal
-from puat_fast.config import DatasetName, number
+from puat_fast.config import DatasetName
 
 FORMATS = ("safetensors", "onnx", "robustbench")
 NOTE = """\
@@ -31,9 +31,7 @@ def add(verbs: Any) -> None:
     default = "RUN/export/classifier.FORMAT, or FILE.FORMAT; of robustbench the folder classifier-robustbench"
     parser.add_argument("--out", type=Path, metavar="PATH", help=f"where it goes (default: {default})")
     parser.add_argument("--force", action="store_true", help="replace what is there")
-    for name in ("mean", "std"):
-        what = f"{name} that the network normalises with, where the file does not tell"
-        parser.add_argument(f"--{name}", type=_three_numbers, metavar="A,B,C", help=what)
+    terminal.add_normalisation(parser)
     parser.add_argument("--dataset", choices=get_args(DatasetName), help="its name, where the file does not tell")
 
 
@@ -47,13 +45,3 @@ def _export(options: argparse.Namespace) -> int:
     told = {"mean": options.mean, "std": options.std, "dataset": options.dataset}
     print(export(options.path, options.format, options.out, force=options.force, **told))
     return 0
-
-
-def _three_numbers(text: str) -> tuple[float, ...]:
-    try:
-        values = tuple(map(number, text.split(",")))
-    except (ValueError, ZeroDivisionError):
-        values = ()
-    if len(values) != 3:
-        raise argparse.ArgumentTypeError(f"{text!r} is not 3 numbers, such as 0.4914,0.4822,0.4465")
-    return values

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from puat_fast import files
-from puat_fast.config import ConfigError
+from puat_fast.config import ConfigError, number
 
 DEBUG = "on an error, show where it happened"
 
@@ -79,6 +79,23 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """The option --json; the parser's epilog tells the keys."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what the screen shows; keys below")
+
+
+def add_normalisation(parser: argparse.ArgumentParser) -> None:
+    """The options --mean and --std of a classifier whose file does not tell them: three floats each, or None."""
+    for name in ("mean", "std"):
+        what = f"{name} that the network normalises with, where the file does not tell"
+        parser.add_argument(f"--{name}", type=_three_numbers, metavar="A,B,C", help=what)
+
+
+def _three_numbers(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(map(number, text.split(",")))
+    except (ValueError, ZeroDivisionError):
+        values = ()
+    if len(values) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 3 numbers, such as 0.4914,0.4822,0.4465")
+    return values
 
 
 def at_least(low: int) -> Callable[[str], int]:

@@ -21,9 +21,9 @@ RANKS = {
     "methods": 6, "checkpoint": 6,
     "engine": 7, "export": 7,
     "evaluation": 8, "testing": 8,
-    "terminal": 4, "data_verbs": 5, "export_verb": 8,
-    "cli": 9,
-    "__main__": 10,
+    "terminal": 4, "data_verbs": 5, "export_verb": 8, "eval_verb": 9,
+    "cli": 10,
+    "__main__": 11,
 }  # fmt: skip
 
 

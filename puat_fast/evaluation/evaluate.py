@@ -1,84 +1,24 @@
-"""Accuracy of a trained classifier under named attacks."""
+"""One attack on the images of a test set: verdicts, from the start or from where it was, and what they come to."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from puat_fast import checkpoint
 from puat_fast.attacks import accuracy
-from puat_fast.attacks.autoattack import autoattack
-from puat_fast.attacks.gpgd import Compat
+from puat_fast.attacks.autoattack import AutoAttackResult, autoattack
 from puat_fast.attacks.pgd import pgd
-from puat_fast.config import Config, ConfigError
-from puat_fast.data.formats import load_dataset
-from puat_fast.engine import compiling
-from puat_fast.engine.step import resolve_engine
-from puat_fast.engine.trainer import resolve_device
-from puat_fast.evaluation import latent
-from puat_fast.evaluation.names import AttackSpec, parse_attack
+from puat_fast.attacks.precision import Precision, searching
+from puat_fast.evaluation.names import AttackSpec
+from puat_fast.evaluation.picture import Examples
+from puat_fast.evaluation.record import State
+from puat_fast.evaluation.tally import Progress, Save, Tally, counts
 from puat_fast.noise import Noise
 
-Progress = Callable[[str, int, int, float], None]
-"""progress(attack name, images done, images in all, accuracy so far)."""
-
-
-def evaluate_run(
-    path: Path,
-    attacks: list[str],
-    *,
-    n: int | None,
-    batch_size: int,
-    seed: int,
-    device: str,
-    dataset: str | None,
-    data_dir: str | None,
-    progress: Progress | None,
-    engine: str = "auto",
-    acgan: Path | None = None,
-    compat: Compat = "none",
-) -> dict[str, Any]:
-    """Evaluate the classifier of a run directory or file on the first n test images (None: all).
-
-    dataset and data_dir default to the run's own. engine: eager | compiled (torch.compile, BatchNorm folded; the same
-    to rounding) | auto, which is compiled on a GPU. acgan: the run directory or file of the AC-GAN that gpgd and usong
-    search; compat: of theirs. Returns run, dataset, n, seed and, per attack, accuracy, correct, n, eps, step_size,
-    num_steps, seconds; for aa also what `evaluate` says, for gpgd and usong what `latent.evaluate` does. Raises
-    ConfigError, DataError, CheckpointError.
-    """
-    specs = [parse_attack(name) for name in attacks]
-    metadata = checkpoint.read_metadata(checkpoint.classifier_file(path))
-    C = checkpoint.load_classifier(path, resolve_device(device))
-    used = next(C.parameters()).device
-    gan = None
-    if any(spec.latent for spec in specs):
-        gan = latent.load_acgan_for(acgan, used, C.num_classes)
-    if resolve_engine(engine, used) == "compiled" and compiling.why_not(used.type) is None:
-        C.set_fold_bn(True)
-        compiling.compile_network(C)
-    config_file = path / "config.yaml"
-    classes = "paper"
-    if config_file.exists():
-        config = Config.load(config_file)
-        data_dir, classes = data_dir or config.data_dir, config.data.classes
-    data = load_dataset(dataset or metadata["dataset"], data_dir, classes)
-    if data.num_classes != C.num_classes:
-        raise ConfigError(f"dataset: {data.name} has {data.num_classes} classes, the classifier {C.num_classes}")
-    images, labels = torch.tensor(data.test.images)[:n], torch.tensor(data.test.labels)[:n]
-    settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
-    results = {
-        spec.name: evaluate(C, images, labels, spec, **settings)
-        if gan is None or not spec.latent
-        else latent.evaluate(C, gan, labels, spec, compat=compat, **settings)
-        for spec in specs
-    }
-    return {"run": str(path), "dataset": data.name, "n": len(labels), "seed": seed, "attacks": results}
+SAVE_EVERY = 5.0  # seconds between two states of AutoAttack; after a Ctrl-C one waits for the next
 
 
 def evaluate(
@@ -89,73 +29,109 @@ def evaluate(
     *,
     batch_size: int = 256,
     seed: int = 0,
+    precision: Precision = "fp32",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Accuracy of any classifier under one attack.
-
-    images: uint8 N x 3 x 32 x 32, labels: int64 N; model: images in [0,1] -> logits. For AutoAttack the result holds
-    also `after`: accuracy before and after each of its attacks; `broken_by`: for each image the attack that broke it,
-    "clean" or None; `attack_seconds`; `warnings`: why not to trust it.
-    """
-    if spec.kind == "aa":
-        return _evaluate_autoattack(model, images, labels, spec, batch_size, seed, progress)
-    step_size = spec.step_size
-    assert step_size is not None
-
-    def attack(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        return pgd(model, x, y, eps=spec.eps, step_size=step_size, num_steps=spec.num_steps, noise=noise)
-
-    start = time.perf_counter()
-    right = accuracy.correct(
-        model,
-        images,
-        labels,
-        None if spec.kind == "clean" else attack,
-        batch_size=batch_size,
-        seed=seed,
-        progress=None if progress is None else partial(progress, spec.name),
-    )
-    return {
-        "accuracy": right.double().mean().item(),
-        "correct": int(right.sum()),
-        "n": len(right),
-        "eps": spec.eps,
-        "step_size": spec.step_size,
-        "num_steps": spec.num_steps,
-        "seconds": round(time.perf_counter() - start, 3),
-    }
+    """Accuracy of any classifier under one attack: `summary` of `measure`."""
+    settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "precision": precision, "progress": progress}
+    return summary(spec, measure(model, images, labels, spec, **settings), precision)
 
 
-def _evaluate_autoattack(
+def measure(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
     spec: AttackSpec,
-    batch_size: int,
-    seed: int,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    start = time.perf_counter()
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    precision: Precision = "fp32",
+    progress: Progress | None = None,
+    saved: State | None = None,
+    save: Save | None = None,
+) -> State:
+    """The verdicts of a classifier under one attack on images: clean, pgd or aa.
+
+    images: uint8 N x 3 x 32 x 32, labels: int64 N; model: images in [0,1] -> logits. precision: of the search; what it
+    found is judged in float32. save gets a state from time to time (pgd: after each batch); given back as `saved`, with
+    all else the same, the attack goes on there and ends as if it had never stopped. What `save` raises ends it.
+
+    Returns a state: columns["right"], bool N, whether each image is still right; examples, see `Examples`; seconds; for
+    AutoAttack also "found": see `summary`.
+    """
+    if spec.kind == "aa":
+        return _autoattack(model, images, labels, spec, batch_size, seed, precision, progress, saved, save)
+    device = next(model.parameters(), images).device
+    step_size = spec.step_size
+    assert step_size is not None
+    tally = Tally(spec.name, ("right",), len(images), Noise(seed, "cpu"), saved, save, progress)
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+        with searching(model, precision, device):
+            return pgd(model, x, y, eps=spec.eps, step_size=step_size, num_steps=spec.num_steps, noise=noise)
+
+    def note(batch: accuracy.Batch) -> None:
+        if spec.kind != "clean" and not tally.examples.full:
+            with torch.no_grad():
+                before = model(batch.x).argmax(1)
+            tally.examples.add(batch.first, batch.y, before, batch.told, batch.x, batch.x_adv)
+        tally.add({"right": batch.right})
+
+    with searching(model, "fp32", device):
+        accuracy.walk(
+            model, images, labels, None if spec.kind == "clean" else attack, note,
+            noise=tally.noise, batch_size=batch_size, first=tally.done,
+        )  # fmt: skip
+    return tally.state()
+
+
+def summary(spec: AttackSpec, state: State, precision: Precision = "fp32") -> dict[str, Any]:
+    """What a finished state comes to: accuracy, correct, n, eps, step_size, num_steps, precision, seconds.
+
+    For AutoAttack also `after`: accuracy before and after each of its attacks; `broken_by`: for each image the attack
+    that broke it, "clean" or None; `attack_seconds`; `warnings`: why not to trust it.
+    """
+    return {
+        **counts(state["columns"]["right"]), "eps": spec.eps, "step_size": spec.step_size, "num_steps": spec.num_steps,
+        "precision": precision, "seconds": round(state["seconds"], 3), **state.get("found", {}),
+    }  # fmt: skip
+
+
+def _autoattack(
+    model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, batch_size: int, seed: int,
+    precision: Precision, progress: Progress | None, saved: State | None, save: Save | None,
+) -> State:  # fmt: skip
     n = len(labels)
+    start = perf_counter() - (saved["seconds"] if saved else 0.0)
 
     def tell(attack: str, done: int, total: int, accuracy_so_far: float) -> None:
         if progress is not None:  # of runs against target classes, as images
             progress(f"{spec.name} {attack}", n * done // max(total, 1), n, accuracy_so_far)
 
+    def keep(state: State) -> None:
+        if save is not None:
+            save({"autoattack": state, "seconds": perf_counter() - start})
+
+    x = images.float().div(255)
     found = autoattack(
-        model, images.float().div(255), labels, spec.eps, iterations=spec.num_steps, batch_size=batch_size, seed=seed,
-        progress=tell,
+        model, x, labels, spec.eps, iterations=spec.num_steps, batch_size=batch_size, seed=seed, progress=tell,
+        precision=precision, saved=saved["autoattack"] if saved else None, save=None if save is None else keep,
+        save_every=SAVE_EVERY,
     )  # fmt: skip
     return {
-        "accuracy": found.robust_acc,
-        "correct": int(found.robust.sum()),
-        "n": n,
-        "eps": spec.eps,
-        "step_size": spec.step_size,
-        "num_steps": spec.num_steps,
-        "seconds": round(time.perf_counter() - start, 3),
-        "after": found.accuracy,
-        "broken_by": list(found.broken_by),
-        "attack_seconds": {name: round(seconds, 3) for name, seconds in found.seconds.items()},
-        "warnings": list(found.warnings),
-    }
+        "columns": {"right": found.robust}, "examples": _examples(found, x, labels).state_dict(),
+        "seconds": perf_counter() - start,
+        "found": {
+            "after": found.accuracy, "broken_by": list(found.broken_by),
+            "attack_seconds": {name: round(seconds, 3) for name, seconds in found.seconds.items()},
+            "warnings": list(found.warnings),
+        },
+    }  # fmt: skip
+
+
+def _examples(found: AutoAttackResult, x: Tensor, labels: Tensor) -> Examples:
+    examples = Examples()
+    wrong_before = torch.tensor([name == "clean" for name in found.broken_by], dtype=torch.bool)
+    y, y_adv = labels.cpu(), found.y_adv.cpu()
+    examples.add(0, y, torch.where(wrong_before, y_adv, y), y_adv, x, found.x_adv)
+    return examples

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,16 @@ from torch import Tensor, nn
 from puat_fast.attacks.acgan import told_class
 from puat_fast.attacks.acgan_file import AcGan, load_acgan
 from puat_fast.attacks.gpgd import Compat, LatentExamples, gpgd
+from puat_fast.attacks.precision import Precision, searching
 from puat_fast.attacks.usong import usong
 from puat_fast.config import ConfigError
 from puat_fast.evaluation.names import AttackSpec
+from puat_fast.evaluation.record import State
+from puat_fast.evaluation.tally import Progress, Save, Tally, counts
+from puat_fast.networks.layers import uncompiled
 from puat_fast.noise import Noise
+
+COLUMNS = ("right", "generated", "agreement", "agreement_adv")
 
 
 def load_acgan_for(path: Path | None, device: torch.device, num_classes: int) -> AcGan:
@@ -40,41 +45,86 @@ def evaluate(
     *,
     batch_size: int = 256,
     seed: int = 0,
+    precision: Precision = "fp32",
     compat: Compat = "none",
-    progress: Callable[[str, int, int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Accuracy of a classifier on what an AC-GAN makes of labels, `spec.draws` images of each, after the attack.
+    """Accuracy of any classifier under one latent attack: `summary` of `measure`."""
+    state = measure(
+        model, acgan, labels, spec, batch_size=batch_size, seed=seed, precision=precision, compat=compat,
+        progress=progress,
+    )  # fmt: skip
+    return summary(spec, state, precision, compat)
 
-    labels: int64 N, the test set's. accuracy: part with model(x_adv) == y. Nothing ensures that x_adv still shows y,
-    nor that Gen(z, y) is as hard as a test image: generated_acc is the accuracy before the attack, agreement and
-    agreement_adv the parts of images, before and after it, whose class the AC-GAN's label head still tells. Latents
-    are drawn on the CPU, in order, from `seed`. compat: see `attacks.gpgd`; with `official-v1` the AC-GAN is in train
-    mode, as published.
+
+def measure(
+    model: nn.Module,
+    acgan: AcGan,
+    labels: Tensor,
+    spec: AttackSpec,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    precision: Precision = "fp32",
+    compat: Compat = "none",
+    progress: Progress | None = None,
+    saved: State | None = None,
+    save: Save | None = None,
+) -> State:
+    """The verdicts of a classifier on what an AC-GAN makes of labels, `spec.draws` images of each, after the attack.
+
+    labels: int64 N, the test set's. Latents are drawn on the CPU, in order, from `seed`. compat: see `attacks.gpgd`;
+    with `official-v1` the AC-GAN is in train mode, as published, and gets its running statistics back in the end.
+    precision, saved, save: as in `evaluate.measure`.
+
+    Returns a state whose columns are bool N * draws, the draws of a label together: right, after the attack; generated,
+    before it; agreement and agreement_adv, whether the AC-GAN's label head tells the class before and after it.
     """
-    start, y_all = time.perf_counter(), labels.repeat_interleave(spec.draws)
-    noise, device = Noise(seed, "cpu"), next(model.parameters()).device
-    networks = (acgan.G, acgan.D)  # in eval mode, but for the official script's attack
-    sums = torch.zeros(4, dtype=torch.float64)  # right after, right before, agreeing before, agreeing after the attack
+    y_all, networks = labels.repeat_interleave(spec.draws), (acgan.G, acgan.D)
+    device = next(model.parameters()).device
+    tally = Tally(spec.name, COLUMNS, len(y_all), Noise(seed, "cpu"), saved, save, progress)
+    as_loaded = _buffers(networks)
+    _set_buffers(networks, tally.extra)
     try:
-        for first in range(0, len(y_all), batch_size):
+        for first in range(tally.done, len(y_all), batch_size):
             y = y_all[first : first + batch_size].to(device)
-            for network in networks:
+            for network in networks:  # in eval mode, but for the official script's attack
                 network.train(compat == "official-v1")
-            found = _attack(model, acgan, y, spec, noise, compat)
-            acgan.D.eval()  # a judge
-            sums += _counts(model, acgan, y, found)
-            done = first + len(y)
-            if progress is not None:
-                progress(spec.name, done, len(y_all), sums[0].item() / done)
+            # a last batch of another size is not worth compiling for
+            with nullcontext() if len(y) == batch_size else uncompiled(model):
+                with searching(model, precision, device):
+                    found = _attack(model, acgan, y, spec, tally.noise, compat)
+                acgan.D.eval()  # a judge
+                with searching(model, "fp32", device):
+                    told = _told(model, acgan, found)
+            x = (found.x_nat, found.x_adv)
+            tally.examples.add(first, y, told["generated"], told["right"], *x)
+            extra = _buffers(networks) if compat == "official-v1" else None
+            tally.add({name: classes == y for name, classes in told.items()}, extra)
     finally:
         for network in networks:
             network.eval()
-    right, generated, agreement, agreement_adv = (sums / len(y_all)).tolist()
+        _set_buffers(networks, as_loaded)
+    return tally.state() | {"extra": {}}
+
+
+def summary(spec: AttackSpec, state: State, precision: Precision = "fp32", compat: Compat = "none") -> dict[str, Any]:
+    """What a finished state comes to.
+
+    accuracy: part with model(x_adv) == y. Nothing ensures that x_adv still shows y, nor that Gen(z, y) is as hard as a
+    test image: generated_acc is the accuracy before the attack, agreement and agreement_adv the parts of images, before
+    and after it, whose class the AC-GAN's label head still tells. worst_of_draws, where there are several: the part of
+    labels that are right in all of them.
+    """
+    columns = state["columns"]
+    draws = columns["right"].view(-1, spec.draws)
+    parts = {name: columns[name].double().mean().item() for name in COLUMNS[1:]}
+    worst = {"worst_of_draws": draws.all(1).double().mean().item()} if spec.draws > 1 else {}
     return {
-        "accuracy": right, "correct": int(sums[0]), "n": len(y_all),
-        "generated_acc": generated, "agreement": agreement, "agreement_adv": agreement_adv,
-        "eps": spec.eps, "step_size": spec.step_size, "num_steps": spec.num_steps, "draws": spec.draws,
-        "compat": compat, "seconds": round(time.perf_counter() - start, 3),
+        **counts(columns["right"]), "generated_acc": parts["generated"], "agreement": parts["agreement"],
+        "agreement_adv": parts["agreement_adv"], **worst, "eps": spec.eps, "step_size": spec.step_size,
+        "num_steps": spec.num_steps, "draws": spec.draws, "compat": compat, "precision": precision,
+        "seconds": round(state["seconds"], 3),
     }  # fmt: skip
 
 
@@ -89,9 +139,22 @@ def _attack(
 
 
 @torch.no_grad()
-def _counts(model: nn.Module, acgan: AcGan, y: Tensor, found: LatentExamples) -> Tensor:
-    told = [
+def _told(model: nn.Module, acgan: AcGan, found: LatentExamples) -> dict[str, Tensor]:
+    """The class that each judge tells, by column."""
+    told = (
         model(found.x_adv).argmax(1), model(found.x_nat).argmax(1),
         told_class(acgan.D(found.generated_nat)[1]), told_class(acgan.D(found.generated_adv)[1]),
-    ]  # fmt: skip
-    return torch.stack([(classes == y).sum() for classes in told]).double().cpu()
+    )  # fmt: skip
+    return dict(zip(COLUMNS, told, strict=True))
+
+
+def _buffers(networks: tuple[nn.Module, ...]) -> State:
+    """Running statistics, which train mode moves."""
+    return {f"{i}.{name}": b.clone() for i, network in enumerate(networks) for name, b in network.named_buffers()}
+
+
+def _set_buffers(networks: tuple[nn.Module, ...], buffers: State) -> None:
+    for i, network in enumerate(networks):
+        for name, buffer in network.named_buffers():
+            if f"{i}.{name}" in buffers:
+                buffer.copy_(buffers[f"{i}.{name}"])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 ACCEPTED = (
     "clean, pgd-E (L-inf ball of E/255, 0 < E <= 255, e.g. pgd-8), aa (AutoAttack, standard, L-inf 8/255), "
     "gpgd-E (ball of E in the latent space of an AC-GAN, 0 < E <= 10, e.g. gpgd-0.1), usong"
 )
+Precision = Literal["fp32", "tf32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _EXAMPLES = ("clean", "pgd-2", "pgd-4", "pgd-8", "aa", "gpgd-0.1", "gpgd-0.01", "usong")
 
 
@@ -58,3 +61,22 @@ def parse_attacks(text: str) -> list[AttackSpec]:
     """The attacks of a comma-separated list, each once, in the order given. Raises ValueError."""
     specs = {spec.name: spec for spec in (parse_attack(name.strip()) for name in text.split(","))}
     return list(specs.values())
+
+
+def parse_precision(text: str, specs: Sequence[AttackSpec]) -> dict[str, Precision]:
+    """The precision of each attack's search: `bf16`, or `fp32,aa=bf16,pgd-8=bf16`, where the last that fits wins.
+
+    `clean` searches nothing, and so is always fp32. Raises ValueError for an unknown precision, and for an attack that
+    is none of specs.
+    """
+    found: dict[str, Precision] = {spec.name: "fp32" for spec in specs}
+    for part in text.split(","):
+        attack, equals, name = part.strip().rpartition("=")
+        chosen = next((precision for precision in PRECISIONS if precision == name.strip()), None)
+        if chosen is None:
+            raise ValueError(f"precision: {part.strip()!r} is not {', '.join(PRECISIONS)}, nor ATTACK= one of these")
+        names = [parse_attack(attack.strip()).name] if equals else list(found)
+        if not set(names) <= set(found):
+            raise ValueError(f"precision: {part.strip()!r}: {names[0]} is not one of --attacks {','.join(found)}")
+        found |= dict.fromkeys(names, chosen)
+    return found | {spec.name: "fp32" for spec in specs if spec.kind == "clean"}

@@ -16,14 +16,15 @@ import puat_fast
 from puat_fast import checkpoint
 from puat_fast.config import Config, ConfigError, merge
 from puat_fast.data.formats import load_dataset
-from puat_fast.evaluation.evaluate import evaluate, evaluate_run
+from puat_fast.evaluation.evaluate import evaluate
 from puat_fast.evaluation.generate import generate_run
 from puat_fast.evaluation.names import parse_attack
+from puat_fast.evaluation.run import Options, evaluate_run
 
 
-def measure(path: Path, attacks: list[str], **options: Any) -> dict[str, Any]:
-    settings = {"n": 24, "batch_size": 256, "seed": 0, "device": "cpu", "dataset": None, "data_dir": None}
-    return evaluate_run(path, attacks, progress=None, **(settings | options))
+def measure(path: Path, attacks: list[str], progress: Any = None, **options: Any) -> dict[str, Any]:
+    settings = Options(**({"n": 24, "device": "cpu"} | options))
+    return evaluate_run(path, attacks, settings, progress=progress).result
 
 
 def verdict(result: dict[str, Any], attack: str) -> tuple[int, int]:
@@ -108,9 +109,8 @@ def test_a_model_without_parameters_can_be_measured():
 
 def test_progress_is_told(run):
     seen: list[Any] = []
-    settings = {"n": 6, "batch_size": 4, "seed": 0, "device": "cpu", "dataset": None, "data_dir": None}
-    evaluate_run(run, ["clean"], progress=lambda *a: seen.append(a), **settings)
-    assert [a[:3] for a in seen] == [("clean", 4, 6), ("clean", 6, 6)]
+    measure(run, ["clean"], progress=lambda *a: seen.append(a), n=6, batch_size=4)
+    assert [a[:3] for a in seen] == [("clean", 0, 6), ("clean", 4, 6), ("clean", 6, 6)]
 
 
 def test_autoattack_is_the_standard_version(run, monkeypatch):
@@ -124,8 +124,7 @@ def test_autoattack_is_the_standard_version(run, monkeypatch):
         return attack(*args, **options, num_queries=20)
 
     monkeypatch.setattr(module, "autoattack", shorter)
-    settings = {"n": 6, "batch_size": 4, "seed": 0, "device": "cpu", "dataset": None, "data_dir": None}
-    result = evaluate_run(run, ["clean", "aa"], progress=lambda *a: seen.append(a), **settings)
+    result = measure(run, ["clean", "aa"], progress=lambda *a: seen.append(a), n=6, batch_size=4)
     json.dumps(result, allow_nan=False)
     aa = result["attacks"]["aa"]
     assert (aa["eps"], aa["step_size"], aa["num_steps"], aa["n"]) == (8 / 255, None, 100, 6)
@@ -147,7 +146,7 @@ def test_mistakes(run, tmp_path):
 def test_a_dataset_of_other_classes_is_refused(run, monkeypatch):
     from tiny_cases import tiny_dataset
 
-    from puat_fast.evaluation import evaluate as module
+    from puat_fast.evaluation import run as module
 
     monkeypatch.setattr(module, "load_dataset", lambda name, folder, classes: tiny_dataset(3))
     with pytest.raises(ConfigError, match="has 3 classes, the classifier 10"):

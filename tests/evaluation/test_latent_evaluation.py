@@ -70,7 +70,7 @@ def test_every_label_is_drawn_so_often_and_batches_go_on_in_the_stream(acgan):
     found = latent.evaluate(
         Mean(acgan.G), acgan, torch.arange(8), spec, batch_size=10, progress=lambda *args: told.append(args)
     )
-    assert found["n"] == 24 and [args[1:3] for args in told] == [(10, 24), (20, 24), (24, 24)]
+    assert found["n"] == 24 and [args[1:3] for args in told] == [(0, 24), (10, 24), (20, 24), (24, 24)]
     assert latent.evaluate(Mean(acgan.G), acgan, torch.arange(8), spec, batch_size=10) | {"seconds": 0} == found | {
         "seconds": 0
     }
