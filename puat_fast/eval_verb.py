@@ -41,7 +41,7 @@ measured again (--fresh does). In RUN/eval, or in NAME.eval beside a file NAME.*
 keys of the JSON file (of several runs: runs, a list of these):
   run, dataset  what was evaluated, and on what
   n, n_test     test images taken, and all of them
-  seed, engine  of the attacks; eager or compiled
+  seed, engine  of the attacks; eager, compiled or graph
   model         arch, method, preset, n_labelled; null: its file does not tell
   attacks       name of each -> accuracy (0 to 1), wilson95: its 95 % interval [low, high], correct, n, seconds,
                 eps, step_size (images are in [0, 1], of gpgd and usong the latent; null: it adapts), num_steps,
@@ -50,7 +50,7 @@ keys of the JSON file (of several runs: runs, a list of these):
                 ("clean": wrong before; null: nothing), attack_seconds, warnings.
                 gpgd and usong also: generated_acc, accuracy on the AC-GAN's images before the attack, agreement and
                 agreement_adv, part of them whose class its label head tells, before and after, draws of each label,
-                worst_of_draws, part of the labels that are right in all draws, compat
+                worst_of_draws, part of the labels that are right in all draws, compat, start, antialias
   worst_case    accuracy, correct, n, wilson95 of the images that are right under all of clean, pgd-E and aa, where two
                 or more were asked for
   paper         name of each attack -> mean, std (0 to 1) of the paper's tables III to VII; null: the paper has none
@@ -78,13 +78,23 @@ def add(verbs: Any) -> None:
         "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--engine", choices=("auto", "eager", "compiled"), default="auto",
-        help="compiled: torch.compile, BatchNorm folded; auto: compiled on a GPU (default: %(default)s)",
+        "--engine", choices=("auto", "eager", "compiled", "graph"), default="auto",
+        help="compiled: torch.compile, BatchNorm folded; graph: that, as CUDA graphs on a GPU; auto: compiled on a GPU "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--acgan", type=Path, metavar="RUN_OR_FILE", help="of gpgd and usong: made by --method acgan")
     parser.add_argument(
         "--uae-compat", choices=("none", "official-v1"), default="none",
         help="gpgd and usong as the official script has them, mistakes included (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--uae-start", choices=("ball", "image"),
+        help="where gpgd and usong begin: in the ball around z, or at z clamped to [0,1] (default: --uae-compat's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--uae-antialias",
+        action="store_true",
+        help="shrink the AC-GAN's images as torchvision >= 0.17, not by 2x2 means",
     )  # fmt: skip
     parser.add_argument("--dataset", choices=DATASETS, help="whose test images (default: those of the run's own)")
     parser.add_argument("--data-dir", metavar="TEXT", help="folder that holds the dataset's files (default: the run's)")
@@ -142,6 +152,7 @@ def _evaluate(
             n=options.n, batch_size=options.batch_size, seed=options.seed, device=options.device,
             engine=options.engine, precision=options.precision, dataset=options.dataset, data_dir=options.data_dir,
             mean=options.mean, std=options.std, acgan=options.acgan, compat=options.uae_compat,
+            start=options.uae_start, antialias=options.uae_antialias,
             out=_out(options, path, label, progress), fresh=options.fresh,
         )  # fmt: skip
         subjects.append((find(path, own), own, label))  # all of them, before the first is measured
@@ -183,7 +194,10 @@ def _name(options: argparse.Namespace, specs: Sequence[AttackSpec]) -> str:
     parts += [f"n{options.n}"] if options.n else []
     parts += [f"s{options.seed}"] if options.seed else []
     parts += [options.dataset] if options.dataset else []
-    parts += [options.uae_compat] if options.uae_compat != "none" and any(s.latent for s in specs) else []
+    if any(s.latent for s in specs):
+        parts += [options.uae_compat] if options.uae_compat != "none" else []
+        parts += [options.uae_start] if options.uae_start else []
+        parts += ["antialias"] if options.uae_antialias else []
     return "_".join(parts)
 
 

@@ -102,7 +102,7 @@ def test_defaults(evaluated: Evaluated, tmp_path: Path, capsys: pytest.CaptureFi
     assert options == {
         "n": None, "batch_size": 256, "seed": 0, "device": "auto", "engine": "auto", "precision": "fp32",
         "dataset": None, "data_dir": None, "mean": None, "std": None, "acgan": None, "compat": "none",
-        "out": run / "eval", "fresh": False,
+        "start": None, "antialias": False, "out": run / "eval", "fresh": False,
     }  # fmt: skip
     assert evaluated.written == [(run / "eval", "clean_pgd-8", None)]
     written = json.loads(out.read_text())
@@ -114,19 +114,23 @@ def test_defaults(evaluated: Evaluated, tmp_path: Path, capsys: pytest.CaptureFi
 def test_all_options_arrive(evaluated: Evaluated, tmp_path: Path) -> None:
     argv = ["--attacks", "pgd-8", "--n", "50", "--dataset", "cifar10", "--data_dir", "d", "--batch_size", "8"]
     argv += ["--mean", "0.1,1/5,.3", "--std", "1,1,1", "--seed", "3", "--fresh", "--precision", "bf16", "--acgan", "g"]
-    argv += ["--uae-compat", "official-v1", "--engine", "eager", "--device", "cpu"]
+    argv += ["--uae-compat", "official-v1", "--engine", "eager", "--device", "cpu", "--uae-start", "ball"]
+    argv += ["--uae-antialias"]
     argv += ["--out", str(tmp_path / "new"), "--grid", str(tmp_path / "g.png")]
     assert cli.main(["eval", str(tmp_path / "run"), *argv]) == 0
     ((_, _, options),) = evaluated.calls
     assert options == {
         "n": 50, "batch_size": 8, "seed": 3, "device": "cpu", "engine": "eager", "precision": "bf16",
         "dataset": "cifar10", "data_dir": "d", "mean": (0.1, 0.2, 0.3), "std": (1, 1, 1), "acgan": Path("g"),
-        "compat": "official-v1", "out": tmp_path / "new", "fresh": True,
+        "compat": "official-v1", "start": "ball", "antialias": True, "out": tmp_path / "new", "fresh": True,
     }  # fmt: skip
     # a look at a part of the images, or another way, has a name of its own
     assert evaluated.written == [(tmp_path / "new", "pgd-8-bf16_n50_s3_cifar10", tmp_path / "g.png")]
     assert cli.main(["eval", str(tmp_path / "run"), "--attacks", "usong", "--uae-compat", "official-v1"]) == 0
     assert evaluated.written[-1][1] == "usong_official-v1"
+    argv = ["--attacks", "usong,aa-10it", "--uae-start", "image", "--uae-antialias"]
+    assert cli.main(["eval", str(tmp_path / "run"), *argv]) == 0
+    assert evaluated.written[-1][1] == "usong_aa-10it_image_antialias"
 
 
 def test_a_file_gets_a_folder_beside_it(evaluated: Evaluated, tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def paper_cell(dataset: str, method: str | None, attack: str, num_classes: int |
     """
     if num_classes is not None and CLASSES_OF_THE_PAPER.get(dataset, num_classes) != num_classes:
         return None
-    metric = {"clean": "natural", "aa": "AA", "usong": "USong"}.get(attack, attack.replace("gpgd-", "GPGD-"))
+    metric = {"clean": "natural", "aa": "AA", "aa-10it": "AA", "usong": "USong"}.get(attack)
+    metric = metric or attack.replace("gpgd-", "GPGD-")
     if attack.startswith("pgd-"):
         metric = f"PGD-{attack.removeprefix('pgd-')}/255"
     return _paper().get((DATASETS.get(dataset, ""), METHODS.get(method or "", ""), metric))
@@ -79,10 +80,8 @@ def paper_notes(result: Mapping[str, Any]) -> list[str]:
         notes.append(f"the paper trains on {usual or 'its own number of'} labelled images, this file does not tell")
     if result["n"] < result["n_test"]:
         notes.append(f"the first {result['n']} of {result['n_test']} test images")
-    if result["paper"].get("aa"):
-        notes.append(
-            "the paper's AA was likely torchattacks' with 10 iterations, a weaker attack than this one with 100"
-        )
+    if result["paper"].get("aa") or result["paper"].get("aa-10it"):
+        notes.append("the paper's AA was likely torchattacks' with 10 iterations, a weaker attack than aa with its 100")
     return notes
 
 

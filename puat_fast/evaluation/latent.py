@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from puat_fast.attacks.acgan import told_class
 from puat_fast.attacks.acgan_file import AcGan, load_acgan
-from puat_fast.attacks.gpgd import Compat, LatentExamples, gpgd
+from puat_fast.attacks.gpgd import Compat, LatentExamples, Start, gpgd
 from puat_fast.attacks.precision import Precision, searching
 from puat_fast.attacks.usong import usong
 from puat_fast.config import ConfigError
@@ -47,14 +47,16 @@ def evaluate(
     seed: int = 0,
     precision: Precision = "fp32",
     compat: Compat = "none",
+    start: Start | None = None,
+    antialias: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Accuracy of any classifier under one latent attack: `summary` of `measure`."""
     state = measure(
-        model, acgan, labels, spec, batch_size=batch_size, seed=seed, precision=precision, compat=compat,
-        progress=progress,
+        model, acgan, labels, spec, batch_size=batch_size, seed=seed, precision=precision, compat=compat, start=start,
+        antialias=antialias, progress=progress,
     )  # fmt: skip
-    return summary(spec, state, precision, compat)
+    return summary(spec, state, precision) | {"compat": compat, "start": start, "antialias": antialias}
 
 
 def measure(
@@ -67,21 +69,24 @@ def measure(
     seed: int = 0,
     precision: Precision = "fp32",
     compat: Compat = "none",
+    start: Start | None = None,
+    antialias: bool = False,
     progress: Progress | None = None,
     saved: State | None = None,
     save: Save | None = None,
 ) -> State:
     """The verdicts of a classifier on what an AC-GAN makes of labels, `spec.draws` images of each, after the attack.
 
-    labels: int64 N, the test set's. Latents are drawn on the CPU, in order, from `seed`. compat: see `attacks.gpgd`;
-    with `official-v1` the AC-GAN is in train mode, as published, and gets its running statistics back in the end.
+    labels: int64 N, the test set's. Latents are drawn on the CPU, in order, from `seed`. compat, start, antialias: see
+    `attacks.gpgd`; with `official-v1` the AC-GAN is in train mode, as published, and gets its running statistics back in
+    the end.
     precision, saved, save: as in `evaluate.measure`.
 
     Returns a state whose columns are bool N * draws, the draws of a label together: right, after the attack; generated,
     before it; agreement and agreement_adv, whether the AC-GAN's label head tells the class before and after it.
     """
     y_all, networks = labels.repeat_interleave(spec.draws), (acgan.G, acgan.D)
-    device = next(model.parameters()).device
+    device, how = next(model.parameters()).device, {"compat": compat, "start": start, "antialias": antialias}
     tally = Tally(spec.name, COLUMNS, len(y_all), Noise(seed, "cpu"), saved, save, progress)
     as_loaded = _buffers(networks)
     _set_buffers(networks, tally.extra)
@@ -93,7 +98,7 @@ def measure(
             # a last batch of another size is not worth compiling for
             with nullcontext() if len(y) == batch_size else uncompiled(model):
                 with searching(model, precision, device):
-                    found = _attack(model, acgan, y, spec, tally.noise, compat)
+                    found = _attack(model, acgan, y, spec, tally.noise, how)
                 acgan.D.eval()  # a judge
                 with searching(model, "fp32", device):
                     told = _told(model, acgan, found)
@@ -108,7 +113,7 @@ def measure(
     return tally.state() | {"extra": {}}
 
 
-def summary(spec: AttackSpec, state: State, precision: Precision = "fp32", compat: Compat = "none") -> dict[str, Any]:
+def summary(spec: AttackSpec, state: State, precision: Precision = "fp32") -> dict[str, Any]:
     """What a finished state comes to.
 
     accuracy: part with model(x_adv) == y. Nothing ensures that x_adv still shows y, nor that Gen(z, y) is as hard as a
@@ -123,16 +128,16 @@ def summary(spec: AttackSpec, state: State, precision: Precision = "fp32", compa
     return {
         **counts(columns["right"]), "generated_acc": parts["generated"], "agreement": parts["agreement"],
         "agreement_adv": parts["agreement_adv"], **worst, "eps": spec.eps, "step_size": spec.step_size,
-        "num_steps": spec.num_steps, "draws": spec.draws, "compat": compat, "precision": precision,
+        "num_steps": spec.num_steps, "draws": spec.draws, "precision": precision,
         "seconds": round(state["seconds"], 3),
     }  # fmt: skip
 
 
 def _attack(
-    model: nn.Module, acgan: AcGan, y: Tensor, spec: AttackSpec, noise: Noise, compat: Compat
+    model: nn.Module, acgan: AcGan, y: Tensor, spec: AttackSpec, noise: Noise, how: dict[str, Any]
 ) -> LatentExamples:
     numbers: dict[str, Any] = {"eps": spec.eps, "step_size": spec.step_size, "num_steps": spec.num_steps}
-    numbers |= {"noise": noise, "compat": compat}
+    numbers |= {"noise": noise, **how}
     if spec.kind == "gpgd":
         return gpgd(model, acgan.G, y, **numbers)
     return usong(model, acgan.G, acgan.D, y, **numbers)

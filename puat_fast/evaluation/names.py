@@ -10,11 +10,12 @@ from typing import Literal, get_args
 
 ACCEPTED = (
     "clean, pgd-E (L-inf ball of E/255, 0 < E <= 255, e.g. pgd-8), aa (AutoAttack, standard, L-inf 8/255), "
+    "aa-Nit (the same with N iterations in place of 100: torchattacks' has 10, and is weaker), "
     "gpgd-E (ball of E in the latent space of an AC-GAN, 0 < E <= 10, e.g. gpgd-0.1), usong"
 )
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-_EXAMPLES = ("clean", "pgd-2", "pgd-4", "pgd-8", "aa", "gpgd-0.1", "gpgd-0.01", "usong")
+_EXAMPLES = ("clean", "pgd-2", "pgd-4", "pgd-8", "aa", "aa-10it", "gpgd-0.1", "gpgd-0.01", "usong")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,10 @@ def parse_attack(name: str) -> AttackSpec:
         return AttackSpec(name="clean", kind="clean")
     if name == "aa":
         return AttackSpec(name="aa", kind="aa", eps=8 / 255, step_size=None, num_steps=100)
+    match = re.fullmatch(r"aa-(\d{1,5})it", name)
+    if match and int(match[1]) >= 1:
+        iterations = int(match[1])
+        return AttackSpec(name=f"aa-{iterations}it", kind="aa", eps=8 / 255, step_size=None, num_steps=iterations)
     match = re.fullmatch(r"pgd-(\d+(?:\.\d+)?)", name)
     if match and 0 < float(match[1]) <= 255:
         radius = float(match[1])

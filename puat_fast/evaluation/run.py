@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from puat_fast import __version__, checkpoint, files, networks
 from puat_fast.attacks.acgan_file import AcGan
-from puat_fast.attacks.gpgd import Compat
+from puat_fast.attacks.gpgd import Compat, Start
 from puat_fast.attacks.precision import check_precision
 from puat_fast.config import Config, ConfigError
 from puat_fast.data.formats import load_dataset
@@ -30,7 +29,6 @@ from puat_fast.evaluation.names import AttackSpec, Precision, parse_attack, pars
 from puat_fast.evaluation.picture import Examples, save_picture
 from puat_fast.evaluation.record import Record, State, Store, digest
 from puat_fast.evaluation.tally import Progress, counts
-from puat_fast.networks.classifier import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +39,11 @@ class Options:
         n: the first n test images; None: all
         dataset, data_dir: None: the run's own
         mean, std: of the classifier's input, where its file does not tell
-        engine: eager | compiled (torch.compile, BatchNorm folded; the same to rounding) | auto, compiled on a GPU
+        engine: eager | compiled (torch.compile, BatchNorm folded; the same to rounding) | graph (compiled, on a GPU,
+            and replayed as CUDA graphs) | auto, compiled on a GPU
         precision: of the attacks' searches, see `names.parse_precision`
-        acgan: run directory or file of the AC-GAN that gpgd and usong search; compat: of theirs
+        acgan: run directory or file of the AC-GAN that gpgd and usong search
+        compat, start, antialias: of these two, see `attacks.gpgd`
         out: folder of the records, in its folder `attacks`; None: none are kept
         fresh: measure anew what there is a record of
     """
@@ -60,6 +60,8 @@ class Options:
     std: tuple[float, float, float] | None = None
     acgan: Path | None = None
     compat: Compat = "none"
+    start: Start | None = None
+    antialias: bool = False
     out: Path | None = None
     fresh: bool = False
 
@@ -196,12 +198,16 @@ class _Bench:
         self.images, self.labels, self.n_test, self.class_names = _test_images(subject, options.n)
         parts = [_code(), __version__, torch.__version__, self.device.type, self.C, self.images, self.labels]
         self.engine = resolve_engine(options.engine, self.device)
-        if self.engine == "compiled" and compiling.why_not(self.device.type) is not None:
+        if self.engine == "graph" and self.device.type != "cuda":
+            raise ConfigError(f"engine: graph is of GPUs, the device is {self.device}; accepted there: eager, compiled")
+        if self.engine != "eager" and compiling.why_not(self.device.type) is not None:
             self.engine = "eager"
         self._model_key = digest(*parts, self.engine, options.seed, options.batch_size)
-        self._acgan_key = digest(self.acgan.G, self.acgan.D, options.compat) if self.acgan else ""
-        if self.engine == "compiled":
-            _compile(self.C)
+        self._how: dict[str, Any] = {"compat": options.compat, "start": options.start, "antialias": options.antialias}
+        self._acgan_key = digest(self.acgan.G, self.acgan.D, self._how) if self.acgan else ""
+        if self.engine != "eager":
+            self.C.set_fold_bn(True)
+            compiling.compile_network(self.C, graphs=self.engine == "graph")
 
     def key(self, spec: AttackSpec) -> str:
         """Of the record: all that determines the numbers."""
@@ -218,13 +224,13 @@ class _Bench:
         }  # fmt: skip
         if spec.latent:
             assert self.acgan is not None
-            return latent.measure(self.C, self.acgan, self.labels, spec, compat=o.compat, **settings)
+            return latent.measure(self.C, self.acgan, self.labels, spec, **self._how, **settings)
         return evaluate.measure(self.C, self.images, self.labels, spec, **settings)
 
     def summary(self, spec: AttackSpec, state: State) -> dict[str, Any]:
         """Of one attack, with its interval."""
-        told = partial(latent.summary, compat=self.options.compat) if spec.latent else evaluate.summary
-        found = told(spec, state, self.precision[spec.name])
+        found = (latent if spec.latent else evaluate).summary(spec, state, self.precision[spec.name])
+        found |= self._how if spec.latent else {}
         return found | {"wilson95": wilson_interval(found["correct"], found["n"])}
 
     def evaluation(self, results: dict[str, Any], states: Mapping[str, State]) -> Evaluation:
@@ -262,11 +268,6 @@ def _test_images(subject: Subject, n: int | None) -> tuple[Tensor, Tensor, int, 
         )
     images, labels = torch.tensor(data.test.images[:n]), torch.tensor(data.test.labels[:n])
     return images, labels, len(data.test), data.class_names
-
-
-def _compile(C: Classifier) -> None:
-    C.set_fold_bn(True)
-    compiling.compile_network(C)
 
 
 def verdicts_of(labels: Tensor, specs: Sequence[AttackSpec], states: Mapping[str, State]) -> dict[str, np.ndarray]:

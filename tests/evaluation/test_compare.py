@@ -96,6 +96,8 @@ def test_notes_tell_where_it_is_not_the_papers_setting() -> None:
     whole = result(n=10000)
     (aa,) = compare.paper_notes(whole)
     assert "torchattacks' with 10 iterations" in aa
+    assert paper_cell("cifar10", "puat", "aa-10it") == paper_cell("cifar10", "puat", "aa") is not None
+    assert paper_cell("cifar10", "puat", "aa-20it") is None
     small = result()
     small["model"] |= {"arch": "WRN-10-2", "n_labelled": 1000}
     text = "\n".join(compare.paper_notes(small))

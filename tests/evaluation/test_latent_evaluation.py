@@ -85,6 +85,15 @@ def test_modes_come_back(acgan, compat):
     assert not acgan.G.training and not acgan.D.training
 
 
+def test_start_and_antialias_are_those_of_the_attack(acgan, monkeypatch):
+    asked = []
+    monkeypatch.setattr(latent, "gpgd", lambda *args, **options: asked.append(options) or gpgd(*args, **options))
+    spec, y = parse_attack("gpgd-0.1"), torch.arange(4)
+    found = latent.evaluate(Mean(acgan.G), acgan, y, spec, start="image", antialias=True)
+    (options,) = asked
+    assert options["start"] == found["start"] == "image" and options["antialias"] is found["antialias"] is True
+
+
 def test_what_is_refused(acgan, tmp_path):
     with pytest.raises(ValueError, match="acgan: gpgd and usong search an AC-GAN's latent space"):
         latent.load_acgan_for(None, torch.device("cpu"), K)

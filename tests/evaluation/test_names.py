@@ -8,13 +8,15 @@ from puat_fast.evaluation.names import AttackSpec, parse_attack, parse_attacks
 def test_clean_and_pgd_as_in_table_ix() -> None:
     assert parse_attack("clean") == AttackSpec(name="clean", kind="clean")
     assert parse_attack("pgd-8") == AttackSpec(name="pgd-8", kind="pgd", eps=8 / 255, step_size=1 / 255, num_steps=20)
+    ten = parse_attack("aa-10it")
+    assert ten == AttackSpec(name="aa-10it", kind="aa", eps=8 / 255, step_size=None, num_steps=10)
     assert parse_attack("aa") == AttackSpec(name="aa", kind="aa", eps=8 / 255, step_size=None, num_steps=100)
     assert math.isclose(parse_attack("pgd-0.5").eps, 0.5 / 255)
     assert parse_attack("pgd-8.0") == parse_attack("pgd-8")
 
 
 @pytest.mark.parametrize(
-    "name", ["", "pgd", "pgd-", "pgd-0", "pgd-256", "pgd--1", "pgd-8/255", "pgd-nan", "aa-8", "AA", "Clean"]
+    "name", ["", "pgd", "pgd-", "pgd-0", "pgd-256", "pgd--1", "pgd-8/255", "pgd-nan", "aa-8", "aa-0it", "AA", "Clean"]
 )
 def test_other_names_are_refused_with_what_is_accepted(name: str) -> None:
     with pytest.raises(ValueError, match=r"is not one of clean, pgd-E"):
