@@ -45,9 +45,10 @@ keys of the JSON file (of several runs: runs, a list of these):
   model         arch, method, preset, n_labelled; null: its file does not tell
   attacks       name of each -> accuracy (0 to 1), wilson95: its 95 % interval [low, high], correct, n, seconds,
                 eps, step_size (images are in [0, 1], of gpgd and usong the latent; null: it adapts), num_steps,
-                precision of the search, measured: when (UTC), kept: whether it was taken from a record.
+                precision of the search, measured: when (UTC), kept: whether it was taken from a record,
+                warnings, where there are any: why not to trust it.
                 aa also: after, its accuracy before and after each attack, broken_by, for each image what broke it
-                ("clean": wrong before; null: nothing), attack_seconds, warnings.
+                ("clean": wrong before; null: nothing), attack_seconds.
                 gpgd and usong also: generated_acc, accuracy on the AC-GAN's images before the attack, agreement and
                 agreement_adv, part of them whose class its label head tells, before and after, draws of each label,
                 worst_of_draws, part of the labels that are right in all draws, compat, start, antialias

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from puat_fast.attacks import accuracy
-from puat_fast.attacks.autoattack import AutoAttackResult, autoattack
+from puat_fast.attacks.autoattack import AttackWarning, AutoAttackResult, autoattack
 from puat_fast.attacks.pgd import pgd
 from puat_fast.attacks.precision import Precision, searching
 from puat_fast.evaluation.names import AttackSpec
@@ -66,8 +69,10 @@ def measure(
     assert step_size is not None
     tally = Tally(spec.name, ("right",), len(images), Noise(seed, "cpu"), saved, save, progress)
 
+    warned: list[str] = list(tally.extra.get("warned", ()))  # a text for each batch that pgd warns of
+
     def attack(model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-        with searching(model, precision, device):
+        with searching(model, precision, device), _attack_warnings(warned):
             return pgd(model, x, y, eps=spec.eps, step_size=step_size, num_steps=spec.num_steps, noise=noise)
 
     def note(batch: accuracy.Batch) -> None:
@@ -75,21 +80,39 @@ def measure(
             with torch.no_grad():
                 before = model(batch.x).argmax(1)
             tally.examples.add(batch.first, batch.y, before, batch.told, batch.x, batch.x_adv)
-        tally.add({"right": batch.right})
+        tally.add({"right": batch.right}, {"warned": list(warned)})
 
     with searching(model, "fp32", device):
         accuracy.walk(
             model, images, labels, None if spec.kind == "clean" else attack, note,
             noise=tally.noise, batch_size=batch_size, first=tally.done,
         )  # fmt: skip
-    return tally.state()
+    return tally.state() | {"extra": {}, "found": {"warnings": _first(warned)} if warned else {}}
+
+
+@contextmanager
+def _attack_warnings(texts: list[str]) -> Iterator[None]:
+    """Inside, texts of AttackWarnings go to `texts`; other warnings are given when it ends."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        if issubclass(warning.category, AttackWarning):
+            texts.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _first(texts: Sequence[str]) -> list[str]:
+    """One line for all batches."""
+    return [texts[0] if len(texts) == 1 else f"{texts[0]} (in the first of {len(texts)} batches like this)"]
 
 
 def summary(spec: AttackSpec, state: State, precision: Precision = "fp32") -> dict[str, Any]:
     """What a finished state comes to: accuracy, correct, n, eps, step_size, num_steps, precision, seconds.
 
-    For AutoAttack also `after`: accuracy before and after each of its attacks; `broken_by`: for each image the attack
-    that broke it, "clean" or None; `attack_seconds`; `warnings`: why not to trust it.
+    `warnings`, where there are any: why not to trust it. For AutoAttack also `after`: accuracy before and after each of
+    its attacks; `broken_by`: for each image the attack that broke it, "clean" or None; `attack_seconds`.
     """
     return {
         **counts(state["columns"]["right"]), "eps": spec.eps, "step_size": spec.step_size, "num_steps": spec.num_steps,

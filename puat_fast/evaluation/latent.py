@@ -78,8 +78,8 @@ def measure(
     """The verdicts of a classifier on what an AC-GAN makes of labels, `spec.draws` images of each, after the attack.
 
     labels: int64 N, the test set's. Latents are drawn on the CPU, in order, from `seed`. compat, start, antialias: see
-    `attacks.gpgd`; with `official-v1` the AC-GAN is in train mode, as published, and gets its running statistics back in
-    the end.
+    `attacks.gpgd`; with `official-v1` the AC-GAN is in train mode, as published, and gets its running statistics back
+    in the end.
     precision, saved, save: as in `evaluate.measure`.
 
     Returns a state whose columns are bool N * draws, the draws of a label together: right, after the attack; generated,

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,24 @@ def test_images(name, after):
     assert same_end(parts, whole)
     if name != "clean":
         assert 3 < int(whole["columns"]["right"].sum()) < 41 and len(whole["examples"]["index"]) == 10
+
+
+class Quantised(OnDigits):
+    """Behind a step function: no gradient anywhere."""
+
+    def forward(self, x):
+        return super().forward((x * 16).round() / 16)
+
+
+def test_what_pgd_warns_of_is_told_once_and_after_a_kill_too():
+    measure = partial(evaluate.measure, Quantised(), *digits(20), parse_attack("pgd-8"), batch_size=8)
+    with warnings.catch_warnings(action="error"):
+        whole = measure()
+        parts, deaths = killed_and_restarted(measure, 1)
+    assert deaths == 3 and same_end(parts, whole)
+    (text,) = evaluate.summary(parse_attack("pgd-8"), whole)["warnings"]
+    assert "zero gradient at 8 of 8 starting points" in text and text.endswith("(in the first of 3 batches like this)")
+    assert "warnings" not in evaluate.evaluate(OnDigits(), *digits(8), parse_attack("pgd-8"))
 
 
 @pytest.mark.parametrize("compat", ["none", "official-v1"])
