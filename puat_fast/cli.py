@@ -1,4 +1,4 @@
-"""The command line: `puat-fast train | eval | generate | data | bench | info`.
+"""The command line: `puat-fast train | eval | generate | export | data | bench | info`.
 
 torch is imported by what needs it, after all options are known to be good.
 """
