@@ -67,6 +67,26 @@ def test_a_state_can_be_written_and_read_safely(tmp_path):
     assert torch.equal(autoattack(net, x, y, 0.12, saved=saved, **SHORT).x_adv, whole.x_adv)
 
 
+def test_a_state_stays_as_it_is_and_serves_twice():
+    net, (x, y) = trained("bn"), heldout(24)
+    kept: list[dict[str, Any]] = []  # as they are: nothing was written to a file and read again
+    whole = autoattack(net, x, y, 0.12, save=kept.append, save_every=0, **SHORT)
+    assert len(kept) > 20
+    for saved in (kept[2], kept[2], *kept[3::12]):
+        found = autoattack(net, x, y, 0.12, saved=saved, **SHORT)
+        assert torch.equal(found.x_adv, whole.x_adv) and found.broken_by == whole.broken_by
+
+
+def test_lanes_that_begin_fooled_go_on_as_they_would():
+    net, (x, y) = trained("bn"), heldout(24)
+    large: dict[str, Any] = SHORT | {"eps": 0.5, "attacks": ["square"]}  # stripes that fool before any query
+    kept: list[dict[str, Any]] = []
+    whole = autoattack(net, x, y, save=kept.append, save_every=0, **large)
+    assert kept[0]["unfinished"]["lanes"]["lanes"]["fooled"].any()
+    for saved in kept:
+        assert torch.equal(autoattack(net, x, y, saved=saved, **large).x_adv, whole.x_adv)
+
+
 @pytest.mark.parametrize("other", [{"eps": 0.1}, {"seed": 1}, {"attacks": ("apgd-ce",)}, {"x": "darker"}])
 def test_a_state_of_another_call_is_refused(other):
     net, (x, y) = trained("bn"), heldout(8)
