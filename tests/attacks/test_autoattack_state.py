@@ -180,3 +180,21 @@ def test_steps_that_have_not_converged_are_told(after, late):
     assert found.robust_acc == 0.5
     told = [text for text in found.warnings if "not converged" in text]
     assert len(told) == late and all("apgd-ce: 10 of 20 images (50.0%) were fooled only in the last" in t for t in told)
+
+
+class GivesInInBf16(GivesIn):
+    """In float32 it never gives in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        return torch.stack([1 + 0.01 * x.flatten(1).mean(1), torch.zeros(len(x))], dim=1)
+
+
+def test_what_is_not_fooled_after_all_was_not_fooled_late():
+    x, y = torch.full((20, 3, 8, 8), 0.2), torch.zeros(20, dtype=torch.int64)
+    net = GivesInInBf16(90)
+    with warnings.catch_warnings(action="ignore", category=AttackWarning):
+        found = autoattack(net, x, y, 0.1, attacks=["apgd-ce"], precision="bf16")
+    assert net.asked > 90 and found.robust_acc == 1
+    assert not any("not converged" in text for text in found.warnings)
