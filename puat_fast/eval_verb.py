@@ -35,7 +35,7 @@ measured again (--fresh does). In RUN/eval, or in NAME.eval beside a file NAME.*
   attacks/      the records, one for each attack, and for all that determines its numbers
   ATTACKS.json  what --json writes of one run
   ATTACKS.npz   example by example: label, N; by the name of each attack whether C is still right, N (of gpgd and usong
-                draws x N); worst_case, N; aa.broken_by, N names, "" of what withstood
+                draws x N); worst_case, N; aa.broken_by, N names, "" of what withstood (aa-Nit.broken_by)
   ATTACKS.png   some examples, broken ones first: before, after, difference x 10, and what C says
 
 keys of the JSON file (of several runs: runs, a list of these):

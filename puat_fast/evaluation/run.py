@@ -273,7 +273,7 @@ def _test_images(subject: Subject, n: int | None) -> tuple[Tensor, Tensor, int, 
 def verdicts_of(labels: Tensor, specs: Sequence[AttackSpec], states: Mapping[str, State]) -> dict[str, np.ndarray]:
     """Example by example: `label`, and by the name of each attack whether the classifier is still right.
 
-    Of gpgd and usong draws x N. `aa.broken_by`: names, "" of what withstood. `worst_case`: right under all attacks on
+    Of gpgd and usong draws x N. `aa.broken_by`, of aa-Nit alike: names, "" of what withstood. `worst_case`: right under all attacks on
     the images, where there are two or more.
     """
     found: dict[str, np.ndarray] = {"label": labels.numpy()}
@@ -282,7 +282,7 @@ def verdicts_of(labels: Tensor, specs: Sequence[AttackSpec], states: Mapping[str
         right = state["columns"]["right"].numpy()
         found[spec.name] = right.reshape(-1, spec.draws).T if spec.latent else right
         if spec.kind == "aa":
-            found["aa.broken_by"] = np.array([name or "" for name in state["found"]["broken_by"]])
+            found[f"{spec.name}.broken_by"] = np.array([name or "" for name in state["found"]["broken_by"]])
     of_images = [found[spec.name] for spec in specs if not spec.latent]
     if len(of_images) > 1:
         found["worst_case"] = np.logical_and.reduce(of_images)

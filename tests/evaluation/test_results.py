@@ -52,6 +52,14 @@ def test_worst_case_by_hand() -> None:
     })["worst_of_draws"] == 0.25  # fmt: skip
 
 
+def test_each_autoattack_tells_what_broke_its_images() -> None:
+    states = {
+        name: state(1, 0, found={"broken_by": [None, who]}) for name, who in (("aa", "fab-t"), ("aa-10it", "square"))
+    }
+    found = verdicts_of(torch.arange(2), parse_attacks("aa,aa-10it"), states)
+    assert found["aa.broken_by"].tolist() == ["", "fab-t"] and found["aa-10it.broken_by"].tolist() == ["", "square"]
+
+
 def test_files_of_a_run(run: Path, tmp_path: Path) -> None:
     save_acgan(tmp_path / "acgan.safetensors", small_acgan())
     settings = Options(n=10, device="cpu", acgan=tmp_path)
