@@ -42,7 +42,7 @@ keys of the JSON file (of several runs: runs, a list of these):
   run, dataset  what was evaluated, and on what
   n, n_test     test images taken, and all of them
   seed, engine  of the attacks; eager, compiled or graph
-  model         arch, method, preset, n_labelled; null: its file does not tell
+  model         arch, method, preset, n_labelled, null: its file does not tell; weights: the start of their sha256
   attacks       name of each -> accuracy (0 to 1), wilson95: its 95 % interval [low, high], correct, n, seconds,
                 eps, step_size (images are in [0, 1], of gpgd and usong the latent; null: it adapts), num_steps,
                 precision of the search, measured: when (UTC), kept: whether it was taken from a record,

@@ -235,7 +235,8 @@ class _Bench:
 
     def evaluation(self, results: dict[str, Any], states: Mapping[str, State]) -> Evaluation:
         """All of it together; states by attack, in order."""
-        s, model, classes = self.subject, self.subject.model, self.C.num_classes
+        s, classes = self.subject, self.C.num_classes
+        model = self.subject.model | {"weights": checkpoint.fingerprint(self.C)}
         result = {
             "run": str(s.path), "dataset": s.dataset, "n": len(self.labels), "n_test": self.n_test,
             "seed": self.options.seed, "engine": self.engine, "model": model, "attacks": results,
@@ -273,8 +274,8 @@ def _test_images(subject: Subject, n: int | None) -> tuple[Tensor, Tensor, int, 
 def verdicts_of(labels: Tensor, specs: Sequence[AttackSpec], states: Mapping[str, State]) -> dict[str, np.ndarray]:
     """Example by example: `label`, and by the name of each attack whether the classifier is still right.
 
-    Of gpgd and usong draws x N. `aa.broken_by`, of aa-Nit alike: names, "" of what withstood. `worst_case`: right under all attacks on
-    the images, where there are two or more.
+    Of gpgd and usong draws x N. `aa.broken_by`, of aa-Nit alike: names, "" of what withstood. `worst_case`: right under
+    all attacks on the images, where there are two or more.
     """
     found: dict[str, np.ndarray] = {"label": labels.numpy()}
     for spec in specs:
