@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from puat_fast import __version__, checkpoint, files, networks
+from puat_fast import _C, __version__, checkpoint, files, kernels, networks
 from puat_fast.attacks.acgan_file import AcGan
 from puat_fast.attacks.gpgd import Compat, Start
 from puat_fast.attacks.precision import check_precision
@@ -23,7 +24,7 @@ from puat_fast.engine import compiling
 from puat_fast.engine.signals import StopSignal
 from puat_fast.engine.step import resolve_engine
 from puat_fast.engine.trainer import resolve_device
-from puat_fast.evaluation import evaluate, latent
+from puat_fast.evaluation import evaluate, latent, tally
 from puat_fast.evaluation.compare import paper_cell, paper_notes, wilson_interval
 from puat_fast.evaluation.names import AttackSpec, Precision, parse_attack, parse_precision
 from puat_fast.evaluation.picture import Examples, save_picture
@@ -254,11 +255,18 @@ class _Bench:
         return Evaluation(result, verdicts, examples, self.class_names)
 
 
-def _code() -> str:
-    """sha256 of the sources of attacks and networks: while they are worked on, the version stays."""
+def _sources() -> list[Path]:
+    """The files that the numbers come from: attacks, networks, ops with their kernels, and what counts the verdicts."""
     root = Path(networks.__file__).parents[1]
-    sources = [file for part in ("attacks", "networks") for file in sorted((root / part).rglob("*.py"))]
-    return digest([file.read_text(encoding="utf-8") for file in sources])
+    folders = [root / "attacks", root / "networks", root / "ops", *map(Path, kernels.__path__)]
+    found = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    found += [root / "noise.py", root / "objectives.py"]
+    return [*found, *(Path(str(module.__file__)) for module in (evaluate, latent, tally, _C))]
+
+
+def _code() -> str:
+    """sha256 of these: while they are worked on, the version stays."""
+    return digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in _sources()])
 
 
 def _test_images(subject: Subject, n: int | None) -> tuple[Tensor, Tensor, int, Sequence[str]]:
