@@ -142,6 +142,19 @@ def test_our_classifier_convolves_in_bf16_and_comes_back():
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+def test_fp32_is_fp32_whatever_was_set_before():
+    C, x = Classifier(10, 10, 1).eval(), torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    exact = C(x)
+    C.conv_dtype = torch.bfloat16  # as a run in bf16 leaves it
+    with torch.autocast("cpu", torch.bfloat16), searching(C, "fp32", x.device):
+        assert torch.equal(C(x), exact)
+    assert C.conv_dtype == torch.bfloat16
+    net, (images, labels) = trained("bn"), heldout(24)
+    whole = autoattack(net, images, labels, 0.12, **SHORT)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(autoattack(net, images, labels, 0.12, **SHORT).x_adv, whole.x_adv)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
