@@ -119,6 +119,10 @@ def _check(options: argparse.Namespace) -> list[AttackSpec]:
         raise ConfigError(f"grid: {options.grid} does not end in .png")
     if options.grid is not None and len(options.paths) > 1:
         raise ConfigError("grid: is for one run; the pictures of several lie beside their results")
+    if options.grid is not None and all(spec.kind == "clean" for spec in specs):
+        raise ConfigError("grid: shows what attacks change, and clean is none")
+    if options.seed >= 2**63:
+        raise ConfigError(f"seed: {options.seed}, accepted: 0 to 2**63 - 1")
     if (options.mean is None) != (options.std is None):
         raise ConfigError("mean, std: give both or none")
     if options.out is not None and options.out.is_file():
@@ -132,7 +136,7 @@ def _check(options: argparse.Namespace) -> list[AttackSpec]:
 def _eval(options: argparse.Namespace) -> int:
     specs = _check(options)
     several = len(options.paths) > 1
-    labels = compare.labels_of([path.name or str(path) for path in options.paths])
+    labels = compare.labels_of([Path(os.path.abspath(path)).name for path in options.paths])  # "." and ".." too
     with _Progress() as progress:
         results = _evaluate(options, specs, labels if several else [""], progress)
     _show(results, labels)
