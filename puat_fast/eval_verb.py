@@ -30,7 +30,8 @@ from puat_fast.terminal import (
 DATASETS = get_args(option_types()["dataset"])
 KEYS = """\
 Several runs give one table. An evaluation that was killed goes on where it was, and what was measured before is not
-measured again (--fresh does). In RUN/eval, or in NAME.eval beside a file NAME.*, or in --out, lie
+measured again (--fresh does). In RUN/eval, or in NAME.eval beside a file NAME.* or a folder NAME of export, or in
+--out, lie
 
   attacks/      the records, one for each attack, and for all that determines its numbers
   ATTACKS.json  what --json writes of one run
@@ -179,7 +180,10 @@ def _evaluate(
 
 def _out(options: argparse.Namespace, path: Path, label: str, progress: _Progress) -> Path | None:
     """Where records and results of a path go; None where nothing can be written."""
-    folder: Path = path / "eval" if path.is_dir() else path.with_name(f"{path.stem}.eval")
+    from puat_fast.checkpoint import MODEL_INFO_FILE
+
+    inside = path.is_dir() and not (path / MODEL_INFO_FILE).exists()  # `export --force` replaces only what it wrote
+    folder: Path = path / "eval" if inside else path.absolute().with_name(f"{path.absolute().stem}.eval")
     if options.out is not None:
         folder = options.out / label
     try:

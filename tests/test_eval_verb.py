@@ -139,6 +139,12 @@ def test_a_file_gets_a_folder_beside_it(evaluated: Evaluated, tmp_path: Path) ->
     assert evaluated.written == [(tmp_path / "c.eval", "clean_pgd-2_pgd-4_pgd-8", None)]
 
 
+def test_a_folder_that_export_wrote_stays_as_it_is(evaluated: Evaluated, tmp_path: Path) -> None:
+    (tmp_path / "run" / "model_info.json").touch()
+    assert cli.main(["eval", str(tmp_path / "run")]) == 0
+    assert [folder for folder, _, _ in evaluated.written] == [tmp_path / "run.eval"]
+
+
 @pytest.mark.parametrize("argv, code, says", [
     (["--attacks", "pgd-8,agd-4"], 2, "attacks: 'agd-4' is not one of clean, pgd-E"),
     (["--n", "0"], 2, "argument --n: '0' is not a whole number >= 1"),
