@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import warnings
@@ -103,6 +104,14 @@ def published(C: Classifier) -> dict[str, torch.Tensor]:
     """The state dict in float32 on the CPU, each tensor contiguous and with memory of its own: what files take."""
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in C.state_dict().items()}
     return {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+
+
+def fingerprint(C: Classifier) -> str:
+    """sha256, its first 16 digits, of weights, buffers, mean and std: whether a number was measured on this network."""
+    sha = hashlib.sha256(json.dumps(C.normalisation).encode())
+    for name, tensor in published(C).items():
+        sha.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 def load_classifier(

@@ -30,19 +30,20 @@ from puat_fast.terminal import (
 DATASETS = get_args(option_types()["dataset"])
 KEYS = """\
 Several runs give one table. An evaluation that was killed goes on where it was, and what was measured before is not
-measured again (--fresh does). In RUN/eval, or in NAME.eval beside a file NAME.*, or in --out, lie
+measured again (--fresh does). In RUN/eval, or in NAME.eval beside a file NAME.* or a folder NAME of export, or in
+--out, lie
 
   attacks/      the records, one for each attack, and for all that determines its numbers
   ATTACKS.json  what --json writes of one run
   ATTACKS.npz   example by example: label, N; by the name of each attack whether C is still right, N (of gpgd and usong
-                draws x N); worst_case, N; aa.broken_by, N names, "" of what withstood
+                draws x N); worst_case, N; aa.broken_by, N names, "" of what withstood (aa-Nit.broken_by)
   ATTACKS.png   some examples, broken ones first: before, after, difference x 10, and what C says
 
 keys of the JSON file (of several runs: runs, a list of these):
   run, dataset  what was evaluated, and on what
   n, n_test     test images taken, and all of them
   seed, engine  of the attacks; eager, compiled or graph
-  model         arch, method, preset, n_labelled; null: its file does not tell
+  model         arch, method, preset, n_labelled, null: its file does not tell; weights: the start of their sha256
   attacks       name of each -> accuracy (0 to 1), wilson95: its 95 % interval [low, high], correct, n, seconds,
                 eps, step_size (images are in [0, 1], of gpgd and usong the latent; null: it adapts), num_steps,
                 precision of the search, measured: when (UTC), kept: whether it was taken from a record,
@@ -119,6 +120,10 @@ def _check(options: argparse.Namespace) -> list[AttackSpec]:
         raise ConfigError(f"grid: {options.grid} does not end in .png")
     if options.grid is not None and len(options.paths) > 1:
         raise ConfigError("grid: is for one run; the pictures of several lie beside their results")
+    if options.grid is not None and all(spec.kind == "clean" for spec in specs):
+        raise ConfigError("grid: shows what attacks change, and clean is none")
+    if options.seed >= 2**63:
+        raise ConfigError(f"seed: {options.seed}, accepted: 0 to 2**63 - 1")
     if (options.mean is None) != (options.std is None):
         raise ConfigError("mean, std: give both or none")
     if options.out is not None and options.out.is_file():
@@ -132,7 +137,7 @@ def _check(options: argparse.Namespace) -> list[AttackSpec]:
 def _eval(options: argparse.Namespace) -> int:
     specs = _check(options)
     several = len(options.paths) > 1
-    labels = compare.labels_of([path.name or str(path) for path in options.paths])
+    labels = compare.labels_of([Path(os.path.abspath(path)).name for path in options.paths])  # "." and ".." too
     with _Progress() as progress:
         results = _evaluate(options, specs, labels if several else [""], progress)
     _show(results, labels)
@@ -175,7 +180,10 @@ def _evaluate(
 
 def _out(options: argparse.Namespace, path: Path, label: str, progress: _Progress) -> Path | None:
     """Where records and results of a path go; None where nothing can be written."""
-    folder: Path = path / "eval" if path.is_dir() else path.with_name(f"{path.stem}.eval")
+    from puat_fast.checkpoint import MODEL_INFO_FILE
+
+    inside = path.is_dir() and not (path / MODEL_INFO_FILE).exists()  # `export --force` replaces only what it wrote
+    folder: Path = path / "eval" if inside else path.absolute().with_name(f"{path.absolute().stem}.eval")
     if options.out is not None:
         folder = options.out / label
     try:

@@ -194,10 +194,12 @@ def _write_robustbench(subject: Subject, target: Path) -> None:
 def model_info(subject: Subject) -> dict[str, Any]:
     """RobustBench's fields, as its model_info files have them, then what rebuilds the network.
 
-    Accuracies are those of the run's eval/*.json, in percent, of the most test images; null where there is none.
+    Accuracies are those of the run's eval/*.json, in percent, of the most test images; null where there is none of
+    these weights.
     """
     C, info, run = subject.C, subject.info, subject.run
-    clean, aa = (_measured(run, info.dataset, name) for name in ("clean", "aa"))
+    weights = checkpoint.fingerprint(C)
+    clean, aa = (_measured(run, info.dataset, weights, name) for name in ("clean", "aa"))
     paper = PAPERS.get(str(info.facts.get("method")), dict.fromkeys(("link", "name", "authors", "venue"), ""))
     extra = Config.load(run / "config.yaml").data.extra_unlabelled is not None if run else None
     return {
@@ -212,14 +214,18 @@ def model_info(subject: Subject) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _measured(run: Path | None, dataset: str | None, attack: str) -> dict[str, Any] | None:
-    """What `puat-fast eval` has found under one attack, on the most images of the dataset; None: nothing."""
+def _measured(run: Path | None, dataset: str | None, weights: str, attack: str) -> dict[str, Any] | None:
+    """What `puat-fast eval` has found under one attack, on the most images of the dataset; None: nothing.
+
+    weights: those of a run that was trained on since are not the weights that were measured.
+    """
     found = []
     for file in sorted((run / "eval").glob("*.json")) if run else ():
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
             entry = result["attacks"][attack]
-            usual = result["dataset"] == dataset and entry.get("precision", "fp32") == "fp32"
+            same = result["dataset"] == dataset and result["model"]["weights"] == weights
+            usual = same and entry.get("precision", "fp32") == "fp32"
             if usual and isinstance(entry["accuracy"], float) and isinstance(entry["n"], int):
                 found.append(entry)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # another file, or another attack

@@ -139,10 +139,18 @@ def test_a_file_gets_a_folder_beside_it(evaluated: Evaluated, tmp_path: Path) ->
     assert evaluated.written == [(tmp_path / "c.eval", "clean_pgd-2_pgd-4_pgd-8", None)]
 
 
+def test_a_folder_that_export_wrote_stays_as_it_is(evaluated: Evaluated, tmp_path: Path) -> None:
+    (tmp_path / "run" / "model_info.json").touch()
+    assert cli.main(["eval", str(tmp_path / "run")]) == 0
+    assert [folder for folder, _, _ in evaluated.written] == [tmp_path / "run.eval"]
+
+
 @pytest.mark.parametrize("argv, code, says", [
     (["--attacks", "pgd-8,agd-4"], 2, "attacks: 'agd-4' is not one of clean, pgd-E"),
     (["--n", "0"], 2, "argument --n: '0' is not a whole number >= 1"),
     (["--seed", "-1"], 2, "argument --seed: '-1' is not a whole number >= 0"),
+    (["--seed", "9" * 20], 2, "seed: 99999999999999999999, accepted: 0 to 2**63 - 1"),
+    (["--attacks", "clean", "--grid", "x.png"], 2, "grid: shows what attacks change, and clean is none"),
     (["--json", "/no/such/folder/x.json"], 2, "cannot be written"),
     (["--dataset", "mnist"], 2, "argument --dataset: invalid choice: 'mnist'"),
     (["--precision", "fp16"], 2, "precision: 'fp16' is not fp32, tf32, bf16"),
@@ -193,6 +201,13 @@ def test_several_runs_do_not_overwrite_each_other(evaluated: Evaluated, tmp_path
     paths = [str(tmp_path / "run"), str(tmp_path / "x" / "run")]
     assert cli.main(["eval", *paths, "--out", str(tmp_path / "new")]) == 0
     assert [folder for folder, _, _ in evaluated.written] == [tmp_path / "new" / "run", tmp_path / "new" / "run-2"]
+
+
+def test_a_run_is_called_by_its_folder(evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run" / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "run" / "below")
+    assert cli.main(["eval", ".", "..", "--out", str(tmp_path / "new")]) == 0
+    assert [folder for folder, _, _ in evaluated.written] == [tmp_path / "new" / "below", tmp_path / "new" / "run"]
 
 
 def test_all_are_found_before_the_first_is_measured(

@@ -170,7 +170,8 @@ def search_latent(
     classify = checked_logits(victim, int(y.max()) if len(y) else -1)
 
     def generate(latent: Tensor) -> Tensor:
-        images = generator(latent, y)
+        with exactly(z.device):
+            images = generator(latent, y)
         if not (isinstance(images, Tensor) and images.ndim == 4 and len(images) == len(y)):
             found = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"generator: returned {found}, expected {len(y)} images N x 3 x H x W")
@@ -196,6 +197,11 @@ def search_latent(
         victim.check()
     x_adv, x_nat = (shrink(images, s.image_size, s.antialias) for images in (generated_adv, generated_nat))
     return LatentExamples(x_adv, x_nat, generated_adv, generated_nat, z, delta)
+
+
+def exactly(device: torch.device) -> torch.autocast:
+    """Inside, networks work as they are: only the attacked model is searched in a lower precision."""
+    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

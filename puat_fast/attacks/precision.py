@@ -30,9 +30,11 @@ def check_precision(precision: str, device: torch.device) -> None:
 def searching(model: nn.Module, precision: Precision, device: torch.device) -> Iterator[None]:
     """Inside, convolutions and matrix products of the model work in `precision`; its weights stay as they are.
 
-    fp32: as the model is, on a GPU without TF32, which torch allows in convolutions by itself. tf32: float32,
-    multiplied in TF32. bf16: our own networks (`networks.Compiled`, alone or as parts) convolve in bfloat16, any other
-    model runs under torch.autocast. Raises ValueError as `check_precision`.
+    fp32: in the dtype of weights and images, on a GPU without TF32, which torch allows in convolutions by itself.
+    tf32: float32, multiplied in TF32. bf16: our own networks (`networks.Compiled`, alone or as parts) convolve in
+    bfloat16, any other model runs under torch.autocast. What was set before, a bfloat16 run's `conv_dtype` or an
+    autocast around the call, is off inside; an autocast within the model's forward is the model's own. Raises
+    ValueError as `check_precision`.
     """
     check_precision(precision, device)
     ours = [module for module in model.modules() if isinstance(module, Compiled)]
@@ -40,11 +42,10 @@ def searching(model: nn.Module, precision: Precision, device: torch.device) -> I
     with ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(_tf32(precision == "tf32"))
-        if precision == "bf16" and not ours:
-            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and not ours))
         try:
-            for module in ours if precision == "bf16" else ():
-                module.conv_dtype = torch.bfloat16
+            for module in ours:
+                module.conv_dtype = torch.bfloat16 if precision == "bf16" else None
             yield
         finally:
             for module, dtype in before:

@@ -11,6 +11,7 @@ from puat_fast.attacks.gpgd import (
     LatentExamples,
     LatentSettings,
     Start,
+    exactly,
     prepare_latents,
     search_latent,
 )
@@ -64,7 +65,8 @@ def usong(
     classes = int(y.max()) + 1 if len(y) else 0
 
     def objective(generated: Tensor, logits: Tensor, delta: Tensor) -> Tensor:
-        label_log_probs = _label_head(discriminator(generated), len(y), classes)
+        with exactly(y.device):
+            label_log_probs = _label_head(discriminator(generated), len(y), classes)
         return objectives.usong(
             logits, label_log_probs, delta, y, eps=eps, norm_weight=norm_weight, label_weight=label_weight
         )

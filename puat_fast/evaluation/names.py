@@ -15,6 +15,7 @@ ACCEPTED = (
 )
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+_NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
 _EXAMPLES = ("clean", "pgd-2", "pgd-4", "pgd-8", "aa", "aa-10it", "gpgd-0.1", "gpgd-0.01", "usong")
 
 
@@ -48,18 +49,23 @@ def parse_attack(name: str) -> AttackSpec:
     if match and int(match[1]) >= 1:
         iterations = int(match[1])
         return AttackSpec(name=f"aa-{iterations}it", kind="aa", eps=8 / 255, step_size=None, num_steps=iterations)
-    match = re.fullmatch(r"pgd-(\d+(?:\.\d+)?)", name)
+    match = re.fullmatch(rf"pgd-({_NUMBER})", name)
     if match and 0 < float(match[1]) <= 255:
         radius = float(match[1])
-        return AttackSpec(name=f"pgd-{radius:g}", kind="pgd", eps=radius / 255, step_size=1 / 255, num_steps=20)
-    match = re.fullmatch(r"gpgd-(\d+(?:\.\d+)?)", name)
+        return AttackSpec(name=f"pgd-{_text(radius)}", kind="pgd", eps=radius / 255, step_size=1 / 255, num_steps=20)
+    match = re.fullmatch(rf"gpgd-({_NUMBER})", name)
     if match and 0 < float(match[1]) <= 10:
         radius = float(match[1])
-        return AttackSpec(name=f"gpgd-{radius:g}", kind="gpgd", eps=radius, step_size=0.1, num_steps=20)
+        return AttackSpec(name=f"gpgd-{_text(radius)}", kind="gpgd", eps=radius, step_size=0.1, num_steps=20)
     if name == "usong":  # the official script takes ten latents for each test label
         return AttackSpec(name="usong", kind="usong", eps=0.01, step_size=0.1, num_steps=200, draws=10)
     close = difflib.get_close_matches(name, _EXAMPLES, n=1)
     raise ValueError(f"attacks: {name!r} is not one of {ACCEPTED}" + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def _text(radius: float) -> str:
+    """All digits, so that the name stands for the same radius when it is read again."""
+    return repr(radius).removesuffix(".0")
 
 
 def parse_attacks(text: str) -> list[AttackSpec]:

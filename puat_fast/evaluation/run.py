@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from puat_fast import __version__, checkpoint, files, networks
+from puat_fast import _C, __version__, checkpoint, files, kernels, networks
 from puat_fast.attacks.acgan_file import AcGan
 from puat_fast.attacks.gpgd import Compat, Start
 from puat_fast.attacks.precision import check_precision
@@ -23,7 +24,7 @@ from puat_fast.engine import compiling
 from puat_fast.engine.signals import StopSignal
 from puat_fast.engine.step import resolve_engine
 from puat_fast.engine.trainer import resolve_device
-from puat_fast.evaluation import evaluate, latent
+from puat_fast.evaluation import evaluate, latent, tally
 from puat_fast.evaluation.compare import paper_cell, paper_notes, wilson_interval
 from puat_fast.evaluation.names import AttackSpec, Precision, parse_attack, parse_precision
 from puat_fast.evaluation.picture import Examples, save_picture
@@ -235,7 +236,8 @@ class _Bench:
 
     def evaluation(self, results: dict[str, Any], states: Mapping[str, State]) -> Evaluation:
         """All of it together; states by attack, in order."""
-        s, model, classes = self.subject, self.subject.model, self.C.num_classes
+        s, classes = self.subject, self.C.num_classes
+        model = self.subject.model | {"weights": checkpoint.fingerprint(self.C)}
         result = {
             "run": str(s.path), "dataset": s.dataset, "n": len(self.labels), "n_test": self.n_test,
             "seed": self.options.seed, "engine": self.engine, "model": model, "attacks": results,
@@ -253,11 +255,18 @@ class _Bench:
         return Evaluation(result, verdicts, examples, self.class_names)
 
 
-def _code() -> str:
-    """sha256 of the sources of attacks and networks: while they are worked on, the version stays."""
+def _sources() -> list[Path]:
+    """The files that the numbers come from: attacks, networks, ops with their kernels, and what counts the verdicts."""
     root = Path(networks.__file__).parents[1]
-    sources = [file for part in ("attacks", "networks") for file in sorted((root / part).rglob("*.py"))]
-    return digest([file.read_text(encoding="utf-8") for file in sources])
+    folders = [root / "attacks", root / "networks", root / "ops", *map(Path, kernels.__path__)]
+    found = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    found += [root / "noise.py", root / "objectives.py"]
+    return [*found, *(Path(str(module.__file__)) for module in (evaluate, latent, tally, _C))]
+
+
+def _code() -> str:
+    """sha256 of these: while they are worked on, the version stays."""
+    return digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in _sources()])
 
 
 def _test_images(subject: Subject, n: int | None) -> tuple[Tensor, Tensor, int, Sequence[str]]:
@@ -273,8 +282,8 @@ def _test_images(subject: Subject, n: int | None) -> tuple[Tensor, Tensor, int, 
 def verdicts_of(labels: Tensor, specs: Sequence[AttackSpec], states: Mapping[str, State]) -> dict[str, np.ndarray]:
     """Example by example: `label`, and by the name of each attack whether the classifier is still right.
 
-    Of gpgd and usong draws x N. `aa.broken_by`: names, "" of what withstood. `worst_case`: right under all attacks on
-    the images, where there are two or more.
+    Of gpgd and usong draws x N. `aa.broken_by`, of aa-Nit alike: names, "" of what withstood. `worst_case`: right under
+    all attacks on the images, where there are two or more.
     """
     found: dict[str, np.ndarray] = {"label": labels.numpy()}
     for spec in specs:
@@ -282,7 +291,7 @@ def verdicts_of(labels: Tensor, specs: Sequence[AttackSpec], states: Mapping[str
         right = state["columns"]["right"].numpy()
         found[spec.name] = right.reshape(-1, spec.draws).T if spec.latent else right
         if spec.kind == "aa":
-            found["aa.broken_by"] = np.array([name or "" for name in state["found"]["broken_by"]])
+            found[f"{spec.name}.broken_by"] = np.array([name or "" for name in state["found"]["broken_by"]])
     of_images = [found[spec.name] for spec in specs if not spec.latent]
     if len(of_images) > 1:
         found["worst_case"] = np.logical_and.reduce(of_images)

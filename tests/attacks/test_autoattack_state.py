@@ -67,6 +67,26 @@ def test_a_state_can_be_written_and_read_safely(tmp_path):
     assert torch.equal(autoattack(net, x, y, 0.12, saved=saved, **SHORT).x_adv, whole.x_adv)
 
 
+def test_a_state_stays_as_it_is_and_serves_twice():
+    net, (x, y) = trained("bn"), heldout(24)
+    kept: list[dict[str, Any]] = []  # as they are: nothing was written to a file and read again
+    whole = autoattack(net, x, y, 0.12, save=kept.append, save_every=0, **SHORT)
+    assert len(kept) > 20
+    for saved in (kept[2], kept[2], *kept[3::12]):
+        found = autoattack(net, x, y, 0.12, saved=saved, **SHORT)
+        assert torch.equal(found.x_adv, whole.x_adv) and found.broken_by == whole.broken_by
+
+
+def test_lanes_that_begin_fooled_go_on_as_they_would():
+    net, (x, y) = trained("bn"), heldout(24)
+    large: dict[str, Any] = SHORT | {"eps": 0.5, "attacks": ["square"]}  # stripes that fool before any query
+    kept: list[dict[str, Any]] = []
+    whole = autoattack(net, x, y, save=kept.append, save_every=0, **large)
+    assert kept[0]["unfinished"]["lanes"]["lanes"]["fooled"].any()
+    for saved in kept:
+        assert torch.equal(autoattack(net, x, y, saved=saved, **large).x_adv, whole.x_adv)
+
+
 @pytest.mark.parametrize("other", [{"eps": 0.1}, {"seed": 1}, {"attacks": ("apgd-ce",)}, {"x": "darker"}])
 def test_a_state_of_another_call_is_refused(other):
     net, (x, y) = trained("bn"), heldout(8)
@@ -122,6 +142,19 @@ def test_our_classifier_convolves_in_bf16_and_comes_back():
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+def test_fp32_is_fp32_whatever_was_set_before():
+    C, x = Classifier(10, 10, 1).eval(), torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    exact = C(x)
+    C.conv_dtype = torch.bfloat16  # as a run in bf16 leaves it
+    with torch.autocast("cpu", torch.bfloat16), searching(C, "fp32", x.device):
+        assert torch.equal(C(x), exact)
+    assert C.conv_dtype == torch.bfloat16
+    net, (images, labels) = trained("bn"), heldout(24)
+    whole = autoattack(net, images, labels, 0.12, **SHORT)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(autoattack(net, images, labels, 0.12, **SHORT).x_adv, whole.x_adv)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -160,3 +193,21 @@ def test_steps_that_have_not_converged_are_told(after, late):
     assert found.robust_acc == 0.5
     told = [text for text in found.warnings if "not converged" in text]
     assert len(told) == late and all("apgd-ce: 10 of 20 images (50.0%) were fooled only in the last" in t for t in told)
+
+
+class GivesInInBf16(GivesIn):
+    """In float32 it never gives in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        return torch.stack([1 + 0.01 * x.flatten(1).mean(1), torch.zeros(len(x))], dim=1)
+
+
+def test_what_is_not_fooled_after_all_was_not_fooled_late():
+    x, y = torch.full((20, 3, 8, 8), 0.2), torch.zeros(20, dtype=torch.int64)
+    net = GivesInInBf16(90)
+    with warnings.catch_warnings(action="ignore", category=AttackWarning):
+        found = autoattack(net, x, y, 0.1, attacks=["apgd-ce"], precision="bf16")
+    assert net.asked > 90 and found.robust_acc == 1
+    assert not any("not converged" in text for text in found.warnings)

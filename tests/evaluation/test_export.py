@@ -24,6 +24,7 @@ from puat_fast import checkpoint, cli, export_verb, files
 from puat_fast import export as exporting
 from puat_fast.checkpoint import load_classifier
 from puat_fast.config import ConfigError
+from puat_fast.evaluation.run import Options, evaluate_run
 from puat_fast.export import export
 from puat_fast.networks.classifier import Classifier
 from puat_fast.ops import _library
@@ -132,6 +133,8 @@ def test_model_info_takes_accuracies_from_the_run(run, tmp_path):
         "e": {"dataset": "digits", "attacks": ["clean"]},
         "f": ["something else"],
     }
+    model = {"weights": checkpoint.fingerprint(load_classifier(copy))}
+    found = {name: result | {"model": model} if isinstance(result, dict) else result for name, result in found.items()}
     for name, result in found.items():
         (copy / "eval" / f"{name}.json").write_text(json.dumps(result))
     (copy / "eval" / "broken.json").write_text("{")
@@ -142,6 +145,21 @@ def test_model_info_takes_accuracies_from_the_run(run, tmp_path):
     assert told["footnote"].startswith("Trained by puat-fast")
     assert told["footnote"].endswith(". Accuracy on 10000 test images. AutoAttack on 1000 test images.")
     assert told["additional_data"] is False and told["dataset"] == "digits"
+
+
+def test_model_info_takes_no_accuracy_of_other_weights(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "samples", "eval"))
+    evaluate_run(copy, ["clean"], Options(n=20, device="cpu")).write(copy / "eval", "clean_n20")
+    told = json.loads((export(copy, "robustbench") / "model_info.json").read_text())
+    assert told["clean_acc"] is not None
+    C = load_classifier(copy)
+    with torch.no_grad():  # as if it was trained on
+        C.logits.bias[0] += 1e-3
+    info = checkpoint.about(copy)
+    checkpoint.save_classifier(copy / "classifier.safetensors", C, info.dataset, info.class_names, info.facts)
+    told = json.loads((export(copy, "robustbench", force=True) / "model_info.json").read_text())
+    assert told["clean_acc"] is None
 
 
 # -- round trips ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -74,6 +75,16 @@ def test_every_label_is_drawn_so_often_and_batches_go_on_in_the_stream(acgan):
     assert latent.evaluate(Mean(acgan.G), acgan, torch.arange(8), spec, batch_size=10) | {"seconds": 0} == found | {
         "seconds": 0
     }
+
+
+@pytest.mark.parametrize("name", ["gpgd-3", "usong"])
+def test_bf16_is_of_the_classifier_alone(acgan, name):
+    spec = dataclasses.replace(parse_attack(name), num_steps=3, draws=1)
+    model, y = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, K)), torch.arange(20) % K
+    exact, rounded = (latent.evaluate(model, acgan, y, spec, precision=precision) for precision in ("fp32", "bf16"))
+    assert rounded["precision"] == "bf16" and rounded["n"] == 20
+    for key in ("generated_acc", "agreement"):  # of the images before the search
+        assert rounded[key] == exact[key]
 
 
 @pytest.mark.parametrize("compat", ["none", "official-v1"])

@@ -23,6 +23,13 @@ def test_other_names_are_refused_with_what_is_accepted(name: str) -> None:
         parse_attack(name)
 
 
+@pytest.mark.parametrize("name", ["pgd-2.3456789", "pgd-0.00000001", "gpgd-0.12345678", "gpgd-1e-7"])
+def test_a_name_stands_for_its_own_radius(name: str) -> None:
+    spec = parse_attack(name)
+    assert parse_attack(spec.name) == spec
+    assert spec.eps == float(name.split("-", 1)[1]) / (255 if name.startswith("pgd") else 1)
+
+
 def test_suggestion() -> None:
     with pytest.raises(ValueError, match="did you mean pgd-8"):
         parse_attack("pdg-8")

@@ -17,8 +17,10 @@ from eval_cases import OnDigits, digits, killed_and_restarted, small_acgan
 from tiny_cases import equal_state
 from torch import nn
 
+from puat_fast import evaluation
 from puat_fast.attacks.acgan_file import save_acgan
 from puat_fast.evaluation import evaluate, latent, record
+from puat_fast.evaluation import run as run_module
 from puat_fast.evaluation.names import AttackSpec, parse_attack
 from puat_fast.evaluation.record import Store, digest
 from puat_fast.evaluation.run import Options, evaluate_run
@@ -158,6 +160,22 @@ def test_other_weights_are_another_evaluation(tmp_path):
     after = digest(net)
     net.mean += 1
     assert digest(net) != after
+
+
+def test_other_code_is_another_evaluation(run, tmp_path, monkeypatch):
+    """Whatever the attacks import, but for what only reads and draws."""
+    for_show = {"config", "files", "plots", "evaluation.names", "evaluation.picture", "evaluation.record"}
+    code = "import sys, puat_fast.evaluation.evaluate, puat_fast.evaluation.latent; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    ours = {name.removeprefix("puat_fast.") for name in loaded if name.startswith("puat_fast.")} - for_show
+    files = {Path(sys.modules[f"puat_fast.{name}"].__file__) for name in ours} - {Path(evaluation.__file__)}
+    sources = run_module._sources()
+    assert files <= set(sources) and any(file.name == "bn_silu.py" and "kernels" in file.parts for file in sources)
+    measured(run, tmp_path)
+    changed = tmp_path / "objectives.py"
+    changed.write_text("another loss")
+    monkeypatch.setattr(run_module, "_sources", lambda: [*sources, changed])
+    assert not measured(run, tmp_path)["kept"]
 
 
 def test_another_acgan_or_compat_is_another_evaluation(run, tmp_path):

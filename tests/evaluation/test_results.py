@@ -52,6 +52,14 @@ def test_worst_case_by_hand() -> None:
     })["worst_of_draws"] == 0.25  # fmt: skip
 
 
+def test_each_autoattack_tells_what_broke_its_images() -> None:
+    states = {
+        name: state(1, 0, found={"broken_by": [None, who]}) for name, who in (("aa", "fab-t"), ("aa-10it", "square"))
+    }
+    found = verdicts_of(torch.arange(2), parse_attacks("aa,aa-10it"), states)
+    assert found["aa.broken_by"].tolist() == ["", "fab-t"] and found["aa-10it.broken_by"].tolist() == ["", "square"]
+
+
 def test_files_of_a_run(run: Path, tmp_path: Path) -> None:
     save_acgan(tmp_path / "acgan.safetensors", small_acgan())
     settings = Options(n=10, device="cpu", acgan=tmp_path)
@@ -72,7 +80,9 @@ def test_files_of_a_run(run: Path, tmp_path: Path) -> None:
     assert set(result["worst_case"]) == {"accuracy", "correct", "n", "wilson95"}
     assert result["paper"] == {"clean": None, "pgd-2": None, "gpgd-0.1": None} and result["notes"] == []
     assert (result["n_test"], result["engine"]) == (360, "eager")
-    assert result["model"] == {"arch": "WRN-10-1", "method": "puat", "preset": "paper", "n_labelled": 20}
+    weights = checkpoint.fingerprint(checkpoint.load_classifier(run))
+    known = {"arch": "WRN-10-1", "method": "puat", "preset": "paper", "n_labelled": 20}
+    assert result["model"] == known | {"weights": weights}
 
 
 def test_the_papers_value_stands_beside_ours(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +112,8 @@ def test_plain_weights_need_a_dataset_and_a_normalisation(run: Path, tmp_path: P
     plain = evaluate_run(file, ["clean"], Options(device="cpu", dataset="digits", **triples)).result
     ours = evaluate_run(run, ["clean"], Options(device="cpu")).result
     assert plain["attacks"]["clean"]["correct"] == ours["attacks"]["clean"]["correct"]
-    assert plain["model"] == {"arch": "WRN-10-1", "method": None, "preset": None, "n_labelled": None}
+    unknown = {"arch": "WRN-10-1", "method": None, "preset": None, "n_labelled": None}
+    assert plain["model"] == unknown | {"weights": ours["model"]["weights"]}
 
 
 # -- precision --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -215,26 +216,28 @@ class _Run:
             )
 
     def state(self) -> State:
-        """All but an attack under way."""
+        """All but an attack under way; a copy."""
         broken = ~self.robust
         return {
-            "of": self._fingerprint(), "robust": self.robust.cpu(), "x_adv": self.x_adv[broken].cpu(),
-            "y_adv": self.y_adv.cpu(), "broken_by": [name or "" for name in self.broken_by],
+            "of": self._fingerprint, "robust": self.robust.cpu().clone(), "x_adv": self.x_adv[broken].cpu(),
+            "y_adv": self.y_adv.cpu().clone(), "broken_by": [name or "" for name in self.broken_by],
             "accuracy": dict(self.accuracy), "seconds": dict(self.seconds), "warnings": list(self.victim.warnings),
             "unfinished": None,
         }  # fmt: skip
 
     def load(self, state: State) -> None:
         """Go on from there. Raises ValueError if it is of other images, labels, attacks or settings."""
-        if state.get("of") != self._fingerprint():
+        if state.get("of") != self._fingerprint:
             raise ValueError("saved: the state of another call: images, labels, attacks and settings must be the same")
-        self.robust, self.y_adv = state["robust"].to(self.x.device), state["y_adv"].to(self.x.device)
+        # copies: they are written to, and the state is the caller's
+        self.robust, self.y_adv = (state[name].to(self.x.device, copy=True) for name in ("robust", "y_adv"))
         self.x_adv[~self.robust] = state["x_adv"].to(self.x.device)
         self.broken_by = [name or None for name in state["broken_by"]]
         self.accuracy, self.seconds = dict(state["accuracy"]), dict(state["seconds"])
         self.victim.warnings = list(state["warnings"])
         self.unfinished = state["unfinished"]
 
+    @functools.cached_property
     def _fingerprint(self) -> str:
         told = hashlib.sha256(repr((self.names, self.settings)).encode())
         for tensor in (self.x, self.y):

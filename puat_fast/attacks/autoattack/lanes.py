@@ -92,6 +92,8 @@ class LaneRun:
     ) -> Found:
         """To the end. report(lanes finished or dropped, lanes in all, examples fooled) and save(state) at each look."""
         total = len(self.kernel.x) * self.kernel.variants
+        if len(self.example):  # loaded: a state is of just after a look, and a second one would see lanes too early
+            self._advance()
         while True:
             self._drop()
             self._fill(total)
@@ -101,9 +103,7 @@ class LaneRun:
                 return self.found
             if save is not None:
                 save(self.state)
-            for _ in range(self.check_every):
-                self.kernel.step(self.lanes, self.iteration, self.variant)
-                self.iteration = self.iteration + 1
+            self._advance()
 
     def state(self) -> State:
         """Tensors, and a dict of them, on the CPU; a copy."""
@@ -115,13 +115,18 @@ class LaneRun:
         })  # fmt: skip
 
     def load(self, state: State) -> None:
-        """Go on from a state of the same attack on the same examples."""
-        device = self.kernel.x.device
+        """Go on from a state of the same attack on the same examples, which stays as it is."""
+        state, device = copy.deepcopy(state), self.kernel.x.device
         self.lanes = {name: value.to(device) for name, value in state["lanes"].items()}
         self.example, self.variant, self.iteration = (state[name] for name in ("example", "variant", "iteration"))
         self.following, fooled = state["following"], state["fooled"]
         self.found.fooled, self.found.late = fooled, state["late"]
         self.found.x_out[fooled.to(device)] = state["x_out"].to(device)
+
+    def _advance(self) -> None:
+        for _ in range(self.check_every):
+            self.kernel.step(self.lanes, self.iteration, self.variant)
+            self.iteration = self.iteration + 1
 
     def _drop(self) -> None:
         """Note what the lanes have fooled, and let go of those that are through or whose example is fooled."""

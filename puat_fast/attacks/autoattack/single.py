@@ -46,11 +46,12 @@ def run_attack(
         run.load(saved)
     with victim.searched(settings.precision):
         found = run.run(report, save)
-    victim.late += int(found.late.sum())
     if settings.precision != "fp32":
         doubtful = (victim.all_logits(found.x_out).argmax(1) == y) & found.fooled.to(y.device)
         again = replace(settings, precision="fp32")
         found.x_out[doubtful] = run_attack(name, victim, x[doubtful], y[doubtful], again)
+        found.late[doubtful.cpu()] = False  # not fooled at all, and counted by the second run if late there
+    victim.late += int(found.late.sum())
     return found.x_out
 
 
