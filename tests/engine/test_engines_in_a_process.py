@@ -21,7 +21,7 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.compile
 
     def traces(function: Any, *, fullgraph: bool, dynamic: bool, options: dict[str, Any]) -> Any:
-        assert options is compiling.OPTIONS
+        assert options == compiling.OPTIONS
         return real(function, fullgraph=fullgraph, dynamic=dynamic, backend="aot_eager")
 
     torch._dynamo.reset()

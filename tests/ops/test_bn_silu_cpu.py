@@ -416,8 +416,13 @@ def test_good_arguments_are_taken(function: str) -> None:
 @pytest.mark.parametrize(("function", "name"), EACH_TENSOR)
 def test_every_tensor_is_checked(function: str, name: str) -> None:
     good = arguments_of(function)[0][name]
-    refuses(function, {name: good.double()}, f"^{name}: expected float32, got float64")
-    refuses(function, {name: good.bfloat16()}, f"^{name}: expected float32, got bfloat16")
+    accepted = "float32 or bfloat16" if name in IMAGES else "float32"
+    refuses(function, {name: good.double()}, f"^{name}: expected {accepted}, got float64")
+    if name == ("x" if function == "stats" else "h"):  # which tells what the other images must be
+        refuses(function, {name: good.bfloat16()}, rf"^\w+: expected bfloat16 \(as {name}\), got float32")
+    else:
+        expected = r"float32 \(as [xh]\)" if name in IMAGES else "float32"
+        refuses(function, {name: good.bfloat16()}, f"^{name}: expected {expected}, got bfloat16")
     refuses(function, {name: good[None]}, f"^{name}: expected shape")
     # x and h give the shape that the others must have, the number of groups is that of mean.
     others = {"x": "residual|h", "h": "mean|rstd|grad_x|out|grad_out" if function != "stats" else "h"}
