@@ -25,6 +25,7 @@ import yaml
 
 PRESET_DIR = Path(__file__).parent / "presets"
 DatasetName = Literal["digits", "cifar10", "cifar100", "svhn", "tiny-imagenet", "imagenet32", "folder"]
+SearchPrecision = Literal["fp32", "tf32", "bf16"]  # of an attack's search, see attacks.precision
 
 
 class ConfigError(ValueError):

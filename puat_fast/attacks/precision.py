@@ -1,33 +1,32 @@
 """What an attack's model works in while it searches: less than float32 is faster, and only the search may suffer.
 
-What a search finds is judged in fp32. So the accuracy that is reported is a statement about float32 logits
-of concrete images, whatever the precision; a weaker search can only make a model look more robust, not less.
+What a search finds is judged in fp32. So the accuracy that is reported is a statement about float32 logits of concrete
+images, whatever the precision; a weaker search can only make a model look more robust, not less.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import nn
 
+from puat_fast.config import SearchPrecision
 from puat_fast.networks.layers import Compiled
-
-Precision = Literal["fp32", "tf32", "bf16"]
 
 
 def check_precision(precision: str, device: torch.device) -> None:
     """Raises ValueError for an unknown name, and for tf32 without a GPU."""
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision: {precision!r} is not one of {', '.join(get_args(Precision))}")
+    if precision not in get_args(SearchPrecision):
+        raise ValueError(f"precision: {precision!r} is not one of {', '.join(get_args(SearchPrecision))}")
     if precision == "tf32" and device.type != "cuda":
         raise ValueError(f"precision: tf32 is of GPUs, the model is on {device}; accepted there: fp32, bf16")
 
 
 @contextmanager
-def searching(model: nn.Module, precision: Precision, device: torch.device) -> Iterator[None]:
+def searching(model: nn.Module, precision: SearchPrecision, device: torch.device) -> Iterator[None]:
     """Inside, convolutions and matrix products of the model work in `precision`; its weights stay as they are.
 
     fp32: in the dtype of weights and images, on a GPU without TF32, which torch allows in convolutions by itself.

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from puat_fast.attacks import accuracy
 from puat_fast.attacks.autoattack import AttackWarning, AutoAttackResult, autoattack
 from puat_fast.attacks.pgd import pgd
-from puat_fast.attacks.precision import Precision, searching
+from puat_fast.attacks.precision import searching
+from puat_fast.config import SearchPrecision
 from puat_fast.evaluation.names import AttackSpec
 from puat_fast.evaluation.picture import Examples
 from puat_fast.evaluation.record import State
@@ -32,7 +33,7 @@ def evaluate(
     *,
     batch_size: int = 256,
     seed: int = 0,
-    precision: Precision = "fp32",
+    precision: SearchPrecision = "fp32",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Accuracy of any classifier under one attack: `summary` of `measure`."""
@@ -48,7 +49,7 @@ def measure(
     *,
     batch_size: int = 256,
     seed: int = 0,
-    precision: Precision = "fp32",
+    precision: SearchPrecision = "fp32",
     progress: Progress | None = None,
     saved: State | None = None,
     save: Save | None = None,
@@ -108,7 +109,7 @@ def _first(texts: Sequence[str]) -> list[str]:
     return [texts[0] if len(texts) == 1 else f"{texts[0]} (in the first of {len(texts)} batches like this)"]
 
 
-def summary(spec: AttackSpec, state: State, precision: Precision = "fp32") -> dict[str, Any]:
+def summary(spec: AttackSpec, state: State, precision: SearchPrecision = "fp32") -> dict[str, Any]:
     """What a finished state comes to: accuracy, correct, n, eps, step_size, num_steps, precision, seconds.
 
     `warnings`, where there are any: why not to trust it. For AutoAttack also `after`: accuracy before and after each of
@@ -122,7 +123,7 @@ def summary(spec: AttackSpec, state: State, precision: Precision = "fp32") -> di
 
 def _autoattack(
     model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, batch_size: int, seed: int,
-    precision: Precision, progress: Progress | None, saved: State | None, save: Save | None,
+    precision: SearchPrecision, progress: Progress | None, saved: State | None, save: Save | None,
 ) -> State:  # fmt: skip
     n = len(labels)
     start = perf_counter() - (saved["seconds"] if saved else 0.0)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from puat_fast.attacks.acgan import told_class
 from puat_fast.attacks.acgan_file import AcGan, load_acgan
 from puat_fast.attacks.gpgd import Compat, LatentExamples, Start, gpgd
-from puat_fast.attacks.precision import Precision, searching
+from puat_fast.attacks.precision import searching
 from puat_fast.attacks.usong import usong
-from puat_fast.config import ConfigError
+from puat_fast.config import ConfigError, SearchPrecision
 from puat_fast.evaluation.names import AttackSpec
 from puat_fast.evaluation.record import State
 from puat_fast.evaluation.tally import Progress, Save, Tally, counts
@@ -45,7 +45,7 @@ def evaluate(
     *,
     batch_size: int = 256,
     seed: int = 0,
-    precision: Precision = "fp32",
+    precision: SearchPrecision = "fp32",
     compat: Compat = "none",
     start: Start | None = None,
     antialias: bool = False,
@@ -67,7 +67,7 @@ def measure(
     *,
     batch_size: int = 256,
     seed: int = 0,
-    precision: Precision = "fp32",
+    precision: SearchPrecision = "fp32",
     compat: Compat = "none",
     start: Start | None = None,
     antialias: bool = False,
@@ -113,7 +113,7 @@ def measure(
     return tally.state() | {"extra": {}}
 
 
-def summary(spec: AttackSpec, state: State, precision: Precision = "fp32") -> dict[str, Any]:
+def summary(spec: AttackSpec, state: State, precision: SearchPrecision = "fp32") -> dict[str, Any]:
     """What a finished state comes to.
 
     accuracy: part with model(x_adv) == y. Nothing ensures that x_adv still shows y, nor that Gen(z, y) is as hard as a

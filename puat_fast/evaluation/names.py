@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from puat_fast.config import SearchPrecision
+
 ACCEPTED = (
     "clean, pgd-E (L-inf ball of E/255, 0 < E <= 255, e.g. pgd-8), aa (AutoAttack, standard, L-inf 8/255), "
     "aa-Nit (the same with N iterations in place of 100: torchattacks' has 10, and is weaker), "
     "gpgd-E (ball of E in the latent space of an AC-GAN, 0 < E <= 10, e.g. gpgd-0.1), usong"
 )
-Precision = Literal["fp32", "tf32", "bf16"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+PRECISIONS: tuple[SearchPrecision, ...] = get_args(SearchPrecision)
 _NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
 _EXAMPLES = ("clean", "pgd-2", "pgd-4", "pgd-8", "aa", "aa-10it", "gpgd-0.1", "gpgd-0.01", "usong")
 
@@ -74,13 +75,13 @@ def parse_attacks(text: str) -> list[AttackSpec]:
     return list(specs.values())
 
 
-def parse_precision(text: str, specs: Sequence[AttackSpec]) -> dict[str, Precision]:
+def parse_precision(text: str, specs: Sequence[AttackSpec]) -> dict[str, SearchPrecision]:
     """The precision of each attack's search: `bf16`, or `fp32,aa=bf16,pgd-8=bf16`, where the last that fits wins.
 
     `clean` searches nothing, and so is always fp32. Raises ValueError for an unknown precision, and for an attack that
     is none of specs.
     """
-    found: dict[str, Precision] = {spec.name: "fp32" for spec in specs}
+    found: dict[str, SearchPrecision] = {spec.name: "fp32" for spec in specs}
     for part in text.split(","):
         attack, equals, name = part.strip().rpartition("=")
         chosen = next((precision for precision in PRECISIONS if precision == name.strip()), None)

@@ -18,7 +18,7 @@ from puat_fast import _C, __version__, checkpoint, files, kernels, networks
 from puat_fast.attacks.acgan_file import AcGan
 from puat_fast.attacks.gpgd import Compat, Start
 from puat_fast.attacks.precision import check_precision
-from puat_fast.config import Config, ConfigError
+from puat_fast.config import Config, ConfigError, SearchPrecision
 from puat_fast.data.formats import load_dataset
 from puat_fast.engine import compiling
 from puat_fast.engine.signals import StopSignal
@@ -26,7 +26,7 @@ from puat_fast.engine.step import resolve_engine
 from puat_fast.engine.trainer import resolve_device
 from puat_fast.evaluation import evaluate, latent, tally
 from puat_fast.evaluation.compare import paper_cell, paper_notes, wilson_interval
-from puat_fast.evaluation.names import AttackSpec, Precision, parse_attack, parse_precision
+from puat_fast.evaluation.names import AttackSpec, parse_attack, parse_precision
 from puat_fast.evaluation.picture import Examples, save_picture
 from puat_fast.evaluation.record import Record, State, Store, digest
 from puat_fast.evaluation.tally import Progress, counts
@@ -188,7 +188,7 @@ class _Bench:
 
     def __init__(self, subject: Subject, specs: Sequence[AttackSpec], options: Options) -> None:
         self.subject, self.options = subject, options
-        self.precision: Mapping[str, Precision] = parse_precision(options.precision, specs)
+        self.precision: Mapping[str, SearchPrecision] = parse_precision(options.precision, specs)
         self.device = resolve_device(options.device)
         for precision in self.precision.values():
             check_precision(precision, self.device)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from puat_fast.attacks.precision import Precision, check_precision, searching
+from puat_fast.attacks.precision import check_precision, searching
+from puat_fast.config import SearchPrecision
 from puat_fast.networks.layers import Compiled, eval_mode, frozen_weights, uncompiled
 from puat_fast.ops.pgd_step import Norm
 
@@ -42,7 +43,7 @@ class Settings:
     batch_size: int = 250
     seed: int = 0
     faithful: bool = False
-    precision: Precision = "fp32"
+    precision: SearchPrecision = "fp32"
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
@@ -100,7 +101,7 @@ class Victim:
         self.starts, self._without_gradient = 0, torch.zeros((), dtype=torch.int64, device=device)
 
     @contextmanager
-    def searched(self, precision: Precision) -> Iterator[None]:
+    def searched(self, precision: SearchPrecision) -> Iterator[None]:
         """Inside, the model works in `precision`; compiled, if it is, also where it is judged as it is written."""
         before = [module.compiled for module, _ in self.compiled]
         with searching(self.model, precision, self.device):

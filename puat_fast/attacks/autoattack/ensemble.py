@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from puat_fast.attacks.autoattack.common import Progress, Settings, Victim, attacking, check_images
 from puat_fast.attacks.autoattack.lanes import State
 from puat_fast.attacks.autoattack.single import run_attack
-from puat_fast.attacks.precision import Precision
+from puat_fast.config import SearchPrecision
 from puat_fast.ops.pgd_step import Norm
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -83,7 +83,7 @@ def autoattack(
     batch_size: int = 250,
     seed: int = 0,
     faithful: bool = False,
-    precision: Precision = "fp32",
+    precision: SearchPrecision = "fp32",
     progress: Progress | None = None,
     save: Callable[[State], None] | None = None,
     save_every: float = 60.0,
