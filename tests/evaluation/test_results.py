@@ -15,11 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from puat_fast import checkpoint, plots
-from puat_fast.attacks import precision as precisions
 from puat_fast.attacks.acgan_file import save_acgan
 from puat_fast.checkpoint import CheckpointError
 from puat_fast.config import ConfigError
-from puat_fast.evaluation import evaluate, latent, names
+from puat_fast.evaluation import evaluate, latent
 from puat_fast.evaluation import run as run_module
 from puat_fast.evaluation.names import AttackSpec, parse_attack, parse_attacks, parse_precision
 from puat_fast.evaluation.picture import COLUMNS, Examples, image_rows, save_picture
@@ -130,7 +129,6 @@ def test_precisions_by_name() -> None:
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=says):
             parse_precision(text, specs)
-    assert names.Precision == precisions.Precision
 
 
 def test_what_was_found_in_bf16_is_judged_in_float32(run: Path) -> None:
